@@ -1,0 +1,147 @@
+// The only file that knows Python. Arguments are integers, floats and tuples of them: fastdensity/ops/*_native.py
+// made them of checked tensors. Nothing here converts, copies or keeps an array.
+#include <nanobind/nanobind.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+#include "philox.h"
+#include "rows_simd.h"
+#include "rules.h"
+
+namespace nb = nanobind;
+using namespace fastdensity;
+
+namespace {
+
+std::int64_t integer(nb::handle item) { return nb::cast<std::int64_t>(item); }
+
+const void* address(std::int64_t value) { return reinterpret_cast<const void*>(static_cast<std::uintptr_t>(value)); }
+
+DataType data_type(std::int64_t number) {
+  if (number < 0 || number > 3) throw std::invalid_argument("unknown element type " + std::to_string(number));
+  return static_cast<DataType>(number);
+}
+
+// None, or (address, element type, row stride)
+Rows rows_of(nb::handle item) {
+  if (item.is_none()) return {};
+  nb::tuple parts = nb::borrow<nb::tuple>(item);
+  return {address(integer(parts[0])), data_type(integer(parts[1])), integer(parts[2])};
+}
+
+// A number, or (address, element type, stride)
+Parameter parameter_of(nb::handle item) {
+  Parameter parameter;
+  if (!nb::isinstance<nb::tuple>(item)) {
+    parameter.value = nb::cast<double>(item);
+    return parameter;
+  }
+  const Rows rows = rows_of(item);
+  parameter.data = rows.data, parameter.dtype = rows.dtype, parameter.stride = rows.row_stride;
+  return parameter;
+}
+
+RowsCall make_call(int rule, int type, std::int64_t rows, std::int64_t columns, nb::handle v0, nb::handle v1,
+                   nb::handle uncond, nb::handle v2, nb::tuple out, nb::tuple parameters, std::int64_t report,
+                   std::uint64_t seed, std::int64_t sample_ids, std::uint32_t step) {
+  if (rule < 0 || rule > 3 || type < 0 || type > 6) throw std::invalid_argument("unknown rule or prediction type");
+  if (parameters.size() > kParameters) throw std::invalid_argument("too many parameters");
+  RowsCall call;
+  call.rule = static_cast<Rule>(rule), call.type = static_cast<PredictionType>(type);
+  call.rows = rows, call.columns = columns;
+  call.v0 = rows_of(v0), call.v1 = rows_of(v1), call.uncond = rows_of(uncond), call.v2 = rows_of(v2);
+  const Rows target = rows_of(out);
+  call.out = const_cast<void*>(target.data), call.out_dtype = target.dtype, call.out_stride = target.row_stride;
+  for (std::size_t i = 0; i < parameters.size(); ++i) call.parameters[i] = parameter_of(parameters[i]);
+  call.report = const_cast<void*>(address(report));
+  call.seed = seed, call.step = step;
+  call.sample_ids = static_cast<const std::int64_t*>(address(sample_ids));
+  return call;
+}
+
+void rows_cpu_entry(int rule, int type, std::int64_t rows, std::int64_t columns, nb::handle v0, nb::handle v1,
+                    nb::handle uncond, nb::handle v2, nb::tuple out, nb::tuple parameters, std::int64_t report,
+                    std::uint64_t seed, std::int64_t sample_ids, std::uint32_t step, int threads) {
+  const RowsCall call = make_call(rule, type, rows, columns, v0, v1, uncond, v2, out, parameters, report, seed,
+                                  sample_ids, step);
+  if (rows * columns < 4096) return rows_cpu(call, 1);  // shorter than handing the interpreter over and back
+  nb::gil_scoped_release release;
+  rows_cpu(call, threads);
+}
+
+#ifdef FASTDENSITY_WITH_CUDA
+std::int64_t rows_cuda_scratch_entry(int rule, int type, std::int64_t rows, std::int64_t columns, nb::handle v0,
+                                     nb::handle v1, nb::handle uncond, nb::handle v2, nb::tuple out,
+                                     nb::tuple parameters, std::int64_t report, std::uint64_t seed,
+                                     std::int64_t sample_ids, std::uint32_t step) {
+  return rows_cuda_scratch(make_call(rule, type, rows, columns, v0, v1, uncond, v2, out, parameters, report, seed,
+                                     sample_ids, step));
+}
+
+void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns, nb::handle v0, nb::handle v1,
+                     nb::handle uncond, nb::handle v2, nb::tuple out, nb::tuple parameters, std::int64_t report,
+                     std::uint64_t seed, std::int64_t sample_ids, std::uint32_t step, std::int64_t scratch,
+                     std::int64_t stream) {
+  const RowsCall call = make_call(rule, type, rows, columns, v0, v1, uncond, v2, out, parameters, report, seed,
+                                  sample_ids, step);
+  const char* error = rows_cuda(call, const_cast<void*>(address(scratch)), const_cast<void*>(address(stream)));
+  if (error) throw std::runtime_error(std::string("CUDA kernel `rows` failed: ") + error);
+}
+#endif
+
+// The rule table as this library has it, for the test that holds it against fastdensity/rules.py.
+nb::tuple rule_coefficients(int type, double alpha, double sigma, double alpha_next, double sigma_next,
+                            double sigma_data) {
+  if (type < 0 || type > 6) throw std::invalid_argument("unknown prediction type");
+  const PredictionType kind = static_cast<PredictionType>(type);
+  const double edm_norm = std::sqrt(sigma * sigma + alpha * sigma_data * alpha * sigma_data);
+  double along_x = 0, along_p = 0, scale = 0, out_x = 0, out_p = 0, out_direction = 0;
+  direction(kind, alpha, sigma, sigma_data, edm_norm, &along_x, &along_p, &scale);
+  step_base(kind, alpha, sigma, alpha_next, sigma_next, sigma_data, edm_norm, &out_x, &out_p, &out_direction);
+  return nb::make_tuple(along_x, along_p, scale, out_x, out_p, out_direction);
+}
+
+nb::tuple philox_words(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
+  std::uint32_t word[4] = {c0, c1, c2, c3};
+  philox(word, seed);
+  return nb::make_tuple(word[0], word[1], word[2], word[3]);
+}
+
+// out = a + s b + t c over `count` floats on `threads` threads: the memory floor of a step with three operands.
+void triad(std::int64_t a, std::int64_t b, std::int64_t c, double s, double t, std::int64_t count, std::int64_t out,
+           bool streaming, int threads) {
+  nb::gil_scoped_release release;
+  const std::int64_t part = (count / threads + 15) / 16 * 16;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int i = 0; i < threads; ++i) {
+    const std::int64_t begin = i * part, end = std::min(count, begin + part);
+    if (begin < end)
+      simd::triad(static_cast<const float*>(address(a)) + begin, static_cast<const float*>(address(b)) + begin,
+                  static_cast<const float*>(address(c)) + begin, static_cast<float>(s), static_cast<float>(t),
+                  end - begin, static_cast<float*>(const_cast<void*>(address(out))) + begin, streaming);
+  }
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of fastdensity. Called through fastdensity.ops, which checks every argument first.";
+#ifdef FASTDENSITY_WITH_CUDA
+  m.attr("has_cuda") = true;
+  m.def("rows_cuda_scratch", &rows_cuda_scratch_entry);
+  m.def("rows_cuda", &rows_cuda_entry);
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.attr("build") = FASTDENSITY_BUILD;
+  m.def("rows_cpu", &rows_cpu_entry, nb::arg("rule"), nb::arg("type"), nb::arg("rows"), nb::arg("columns"),
+        nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(), nb::arg("v2").none(), nb::arg("out"),
+        nb::arg("parameters"), nb::arg("report"), nb::arg("seed"), nb::arg("sample_ids"), nb::arg("step"),
+        nb::arg("threads"));
+  m.def("rule_coefficients", &rule_coefficients);
+  m.def("philox_words", &philox_words);
+  m.def("triad", &triad);
+}

@@ -1,0 +1,67 @@
+// The C++ interface of fastdensity's kernels: plain structs of addresses, no Python, no torch.
+//
+// Every launcher takes a `RowsCall`, the contract that fastdensity/reference/rows.py states and tests. The
+// caller has checked it: addresses are valid, rows are dense, `out` equals an operand or overlaps none.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdensity {
+
+// Positions as in fastdensity/rules.py.
+enum class Rule : int { drift = 0, prediction = 1, step = 2, radius = 3 };
+enum class PredictionType : int { epsilon = 0, sample, v_prediction, velocity, velocity_to_data, score, edm };
+enum class DataType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+enum Flag : int { non_finite = 1, zero_score = 2, endpoint = 4, bad_parameter = 8 };
+
+// A batch of row vectors: element j of row i lies at data + (i * row_stride + j) elements.
+struct Rows {
+  const void* data = nullptr;  // nullptr: this operand is absent
+  DataType dtype = DataType::float32;
+  std::int64_t row_stride = 0;
+};
+
+// One number per row, or the same number for all: `value` where `data` is null.
+struct Parameter {
+  const void* data = nullptr;
+  DataType dtype = DataType::float64;  // float32 or float64
+  std::int64_t stride = 0;             // 0: one number for all rows
+  double value = 0.0;
+};
+
+constexpr int kParameters = 10;  // the longest list, that of a step
+
+struct RowsCall {
+  Rule rule = Rule::step;
+  PredictionType type = PredictionType::epsilon;
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  Rows v0, v1, uncond, v2;  // see fastdensity/reference/rows.py for what each rule reads
+  void* out = nullptr;
+  DataType out_dtype = DataType::float32;
+  std::int64_t out_stride = 0;
+  Parameter parameters[kParameters];
+  void* report = nullptr;  // (rows, 4) in the accumulation type, or nullptr
+  // Noise made in the kernel: null sample_ids means none.
+  std::uint64_t seed = 0;
+  const std::int64_t* sample_ids = nullptr;
+  std::uint32_t step = 0;
+};
+
+// float64 if any operand is float64, else float32: the type of sums over a row, of `report`, of elementwise work.
+inline bool accumulates_in_double(const RowsCall& call) {
+  const Rows* operands[] = {&call.v0, &call.v1, &call.uncond, &call.v2};
+  for (const Rows* operand : operands)
+    if (operand->data && operand->dtype == DataType::float64) return true;
+  return false;
+}
+
+void rows_cpu(const RowsCall& call, int threads);
+
+// Launches on `stream` (a cudaStream_t) of the current device; `scratch` may be null where rows_cuda_scratch is 0.
+// Returns nullptr, or the CUDA error as text.
+std::int64_t rows_cuda_scratch(const RowsCall& call);  // bytes
+const char* rows_cuda(const RowsCall& call, void* scratch, void* stream);
+
+}  // namespace fastdensity

@@ -1,0 +1,196 @@
+// The rows family on CPU: fastdensity/reference/rows.py, chunk by chunk.
+//
+// A row is cut into chunks of simd::kChunk elements whatever the batch and the number of threads, and the sums of
+// its chunks are added in their order, in double: a row's bits depend on nothing but the row.
+#include <algorithm>
+#include <vector>
+
+#include "ops.h"
+#include "philox.h"
+#include "rows_simd.h"
+#include "rules.h"
+
+namespace fastdensity {
+namespace {
+
+using simd::kChunk;
+
+constexpr std::int64_t kSerialElements = 32768;             // below this a parallel region costs more than it saves
+constexpr std::int64_t kStreamBytes = 24 * 1024 * 1024;     // larger outputs would only push inputs out of the cache
+
+struct Sums {
+  double norm = 0, overlap = 0;
+};
+
+template <typename Real>
+class RowKernel {
+ public:
+  explicit RowKernel(const RowsCall& call)
+      : call_(call),
+        has_noise_(call.rule == Rule::step && (call.sample_ids || call.v2.data)),
+        streams_(call.out_dtype == real_type() && call.rows * call.columns * sizeof(Real) >= kStreamBytes &&
+                 reinterpret_cast<std::uintptr_t>(call.out) % 16 == 0 &&
+                 call.out_stride * sizeof(Real) % 16 == 0) {}
+
+  RowPlan plan(std::int64_t row) const { return plan_row(call_, row, has_noise_); }
+
+  // First pass: direction.direction and direction.noise over one chunk.
+  Sums sums(const RowPlan& plan, std::int64_t row, std::int64_t begin, std::int64_t size) const {
+    Scratch scratch;
+    const Real* direction = direction_of(plan, row, begin, size, scratch);
+    Sums result;
+    result.norm = simd::dot(direction, direction, size);
+    if (plan.noise != 0.0) result.overlap = simd::dot(direction, noise_of(row, begin, size, scratch), size);
+    return result;
+  }
+
+  // Second pass: writes one chunk; false if any value written is not finite (looked at only where reported).
+  bool combine(const RowPlan& plan, std::int64_t row, std::int64_t begin, std::int64_t size) const {
+    Scratch scratch;
+    simd::Terms<Real> terms;
+    // the state last: it is the largest term, and is then rounded once
+    const Real* direction = direction_of(plan, row, begin, size, scratch);
+    if (plan.out[1] != 0.0) terms.add(Real(plan.out[1]), prediction_of(plan, row, begin, size, scratch));
+    terms.add(Real(plan.out_direction), direction);
+    if (plan.out[2] != 0.0) terms.add(Real(plan.out[2]), noise_of(row, begin, size, scratch));
+    if (plan.out[0] != 0.0) terms.add(Real(plan.out[0]), vector_of(call_.v0, row, begin, size, scratch.v0));
+    const std::int64_t offset = row * call_.out_stride + begin;
+    if (call_.out_dtype == real_type() && !streams_) {
+      Real* out = static_cast<Real*>(call_.out) + offset;
+      simd::combine(terms, size, out);
+      return !call_.report || simd::all_finite(out, size);
+    }
+    simd::combine(terms, size, scratch.out);
+    if (streams_) {
+      simd::stream(scratch.out, static_cast<Real*>(call_.out) + offset, size);
+      simd::stream_fence();
+    } else {
+      simd::store(scratch.out, call_.out, static_cast<int>(call_.out_dtype), offset, size);
+    }
+    return !call_.report || simd::all_finite(scratch.out, size);
+  }
+
+  void report(std::int64_t row, const RowReport& report, bool finite) const {
+    if (!call_.report) return;
+    Real* target = static_cast<Real*>(call_.report) + 4 * row;
+    target[0] = static_cast<Real>(report.eta_minus_one);
+    target[1] = static_cast<Real>(report.sq_norm);
+    target[2] = static_cast<Real>(report.dlogp);
+    target[3] = static_cast<Real>(report.flags | (finite ? 0 : non_finite));
+  }
+
+  RowReport finish(RowPlan& plan, const Sums& sums) const { return finish_row(call_, plan, sums.norm, sums.overlap); }
+
+ private:
+  struct Scratch {
+    alignas(64) Real v0[kChunk], prediction[kChunk], uncond[kChunk], direction[kChunk], noise[kChunk], out[kChunk];
+  };
+
+  static constexpr DataType real_type() { return sizeof(Real) == 4 ? DataType::float32 : DataType::float64; }
+
+  // The operand in place where it has the right type already, else converted into `buffer`.
+  static const Real* vector_of(const Rows& rows, std::int64_t row, std::int64_t begin, std::int64_t size,
+                               Real* buffer) {
+    const std::int64_t offset = row * rows.row_stride + begin;
+    if (rows.dtype == real_type()) return static_cast<const Real*>(rows.data) + offset;
+    simd::load(rows.data, static_cast<int>(rows.dtype), offset, size, buffer);
+    return buffer;
+  }
+
+  const Real* prediction_of(const RowPlan& plan, std::int64_t row, std::int64_t begin, std::int64_t size,
+                            Scratch& scratch) const {
+    const Real* cond = vector_of(call_.v1, row, begin, size, scratch.prediction);
+    if (!call_.uncond.data) return cond;
+    const Real* uncond = vector_of(call_.uncond, row, begin, size, scratch.uncond);
+    simd::classifier_free(uncond, cond, Real(plan.cfg), size, scratch.prediction);
+    return scratch.prediction;
+  }
+
+  const Real* noise_of(std::int64_t row, std::int64_t begin, std::int64_t size, Scratch& scratch) const {
+    if (!call_.sample_ids) return vector_of(call_.v2, row, begin, size, scratch.noise);
+    simd::noise(call_.seed, static_cast<std::uint32_t>(call_.sample_ids[row]), call_.step, begin, size, scratch.noise);
+    return scratch.noise;
+  }
+
+  const Real* direction_of(const RowPlan& plan, std::int64_t row, std::int64_t begin, std::int64_t size,
+                           Scratch& scratch) const {
+    if (call_.rule == Rule::drift) return vector_of(call_.v2, row, begin, size, scratch.direction);
+    if (call_.rule == Rule::radius) return vector_of(call_.v0, row, begin, size, scratch.direction);
+    const Real* prediction = prediction_of(plan, row, begin, size, scratch);
+    if (plan.along[0] == 0.0) return prediction;  // epsilon, score: the prediction itself
+    simd::Terms<Real> terms;
+    terms.add(Real(plan.along[1]), prediction);
+    terms.add(Real(plan.along[0]), vector_of(call_.v0, row, begin, size, scratch.v0));
+    simd::combine(terms, size, scratch.direction);
+    return scratch.direction;
+  }
+
+  const RowsCall& call_;
+  const bool has_noise_, streams_;
+};
+
+std::int64_t chunk_size(const RowsCall& call, std::int64_t chunk) {
+  return std::min(kChunk, call.columns - chunk * kChunk);
+}
+
+// One thread takes whole rows: the second pass finds the row in its cache, latest chunk first.
+template <typename Real>
+void run_by_rows(const RowsCall& call, std::int64_t chunks, int threads) {
+  const RowKernel<Real> kernel(call);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (std::int64_t row = 0; row < call.rows; ++row) {
+    RowPlan plan = kernel.plan(row);
+    Sums total;
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const Sums part = kernel.sums(plan, row, chunk * kChunk, chunk_size(call, chunk));
+      total.norm += part.norm, total.overlap += part.overlap;
+    }
+    const RowReport report = kernel.finish(plan, total);
+    bool finite = true;
+    for (std::int64_t chunk = chunks - 1; chunk >= 0; --chunk)
+      finite &= kernel.combine(plan, row, chunk * kChunk, chunk_size(call, chunk));
+    kernel.report(row, report, finite);
+  }
+}
+
+// Few long rows: all threads share each row, chunk by chunk.
+template <typename Real>
+void run_by_chunks(const RowsCall& call, std::int64_t chunks, int threads) {
+  const RowKernel<Real> kernel(call);
+  std::vector<Sums> parts(chunks);
+  for (std::int64_t row = 0; row < call.rows; ++row) {
+    RowPlan plan = kernel.plan(row);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
+      parts[chunk] = kernel.sums(plan, row, chunk * kChunk, chunk_size(call, chunk));
+    Sums total;
+    for (const Sums& part : parts) total.norm += part.norm, total.overlap += part.overlap;
+    const RowReport report = kernel.finish(plan, total);
+    int finite = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(& : finite)
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
+      finite &= kernel.combine(plan, row, chunk * kChunk, chunk_size(call, chunk)) ? 1 : 0;
+    kernel.report(row, report, finite != 0);
+  }
+}
+
+template <typename Real>
+void run(const RowsCall& call, int threads) {
+  const std::int64_t chunks = (call.columns + kChunk - 1) / kChunk;
+  if (call.rows * call.columns <= kSerialElements) threads = 1;
+  const bool rows_fill_threads = call.rows >= 4 * threads || call.rows % threads == 0;
+  if (threads > 1 && !rows_fill_threads && chunks >= 2 * threads)
+    run_by_chunks<Real>(call, chunks, threads);
+  else
+    run_by_rows<Real>(call, chunks, threads);
+}
+
+}  // namespace
+
+void rows_cpu(const RowsCall& call, int threads) {
+  if (call.rows <= 0 || call.columns <= 0) return;
+  threads = std::max(threads, 1);
+  accumulates_in_double(call) ? run<double>(call, threads) : run<float>(call, threads);
+}
+
+}  // namespace fastdensity

@@ -1,0 +1,232 @@
+#include "rows_simd.h"
+
+#include <cstring>
+
+#include "philox.h"
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+// Clones hold no OpenMP region: GCC cannot clone one. Other compilers build the baseline alone.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTDENSITY_NO_CLONES)
+#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define CLONES
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace fastdensity::simd {
+namespace {
+
+INLINE float from_bits(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE std::uint32_t to_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+INLINE float widen_bfloat16(std::uint16_t half) { return from_bits(static_cast<std::uint32_t>(half) << 16); }
+
+INLINE std::uint16_t narrow_bfloat16(float value) {
+  const std::uint32_t bits = to_bits(value);
+  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  return static_cast<std::uint16_t>(is_nan ? 0x7FC0u : rounded);
+}
+
+INLINE float widen_float16(std::uint16_t half) {
+  const std::uint32_t magnitude = (half & 0x7FFFu) << 13, sign = (half & 0x8000u) << 16;
+  const float scaled = from_bits(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
+  const bool special = (half & 0x7FFFu) >= 0x7C00u;                   // infinity, NaN
+  return from_bits((special ? magnitude | 0x7F800000u : to_bits(scaled)) | sign);
+}
+
+INLINE std::uint16_t narrow_float16(float value) {
+  const std::uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  // normal numbers: rebias and round to nearest even on the integer; subnormal ones: let a float addition round
+  const std::uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const std::uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - 0x3F000000u;
+  std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477FF000u ? 0x7C00u : half;  // rounds to infinity
+  half = magnitude > 0x7F800000u ? 0x7E00u : half;   // NaN
+  return static_cast<std::uint16_t>(half | sign);
+}
+
+template <typename Real>
+INLINE void load_body(const void* source, int dtype, std::int64_t offset, std::int64_t count, Real* target) {
+  if (dtype == 0) {
+    const float* values = static_cast<const float*>(source) + offset;
+    for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<Real>(values[i]);
+  } else if (dtype == 1) {
+    const double* values = static_cast<const double*>(source) + offset;
+    for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<Real>(values[i]);
+  } else if (dtype == 2) {
+    const std::uint16_t* values = static_cast<const std::uint16_t*>(source) + offset;
+    for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<Real>(widen_bfloat16(values[i]));
+  } else {
+    const std::uint16_t* values = static_cast<const std::uint16_t*>(source) + offset;
+    for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<Real>(widen_float16(values[i]));
+  }
+}
+
+template <typename Real>
+INLINE void store_body(const Real* source, void* target, int dtype, std::int64_t offset, std::int64_t count) {
+  if (dtype == 0) {
+    float* values = static_cast<float*>(target) + offset;
+    for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(source[i]);
+  } else if (dtype == 1) {
+    double* values = static_cast<double*>(target) + offset;
+    for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<double>(source[i]);
+  } else if (dtype == 2) {
+    std::uint16_t* values = static_cast<std::uint16_t*>(target) + offset;
+    for (std::int64_t i = 0; i < count; ++i) values[i] = narrow_bfloat16(static_cast<float>(source[i]));
+  } else {
+    std::uint16_t* values = static_cast<std::uint16_t*>(target) + offset;
+    for (std::int64_t i = 0; i < count; ++i) values[i] = narrow_float16(static_cast<float>(source[i]));
+  }
+}
+
+template <typename Real>
+INLINE double dot_body(const Real* left, const Real* right, std::int64_t count) {
+  constexpr int kLanes = 64;
+  Real lanes[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += left[i + lane] * right[i + lane];
+  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += left[i] * right[i];
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += static_cast<double>(lanes[lane]);
+  return total;
+}
+
+template <typename Real>
+INLINE void combine_body(const Terms<Real>& t, std::int64_t count, Real* out) {
+  const Real *a = t.vector[0], *b = t.vector[1], *c = t.vector[2], *d = t.vector[3];
+  const Real wa = t.weight[0], wb = t.weight[1], wc = t.weight[2], wd = t.weight[3];
+  switch (t.count) {
+    case 1:
+#pragma GCC ivdep
+      for (std::int64_t i = 0; i < count; ++i) out[i] = wa * a[i];
+      break;
+    case 2:
+#pragma GCC ivdep
+      for (std::int64_t i = 0; i < count; ++i) out[i] = wb * b[i] + wa * a[i];
+      break;
+    case 3:
+#pragma GCC ivdep
+      for (std::int64_t i = 0; i < count; ++i) out[i] = wc * c[i] + (wb * b[i] + wa * a[i]);
+      break;
+    default:
+#pragma GCC ivdep
+      for (std::int64_t i = 0; i < count; ++i) out[i] = wd * d[i] + (wc * c[i] + (wb * b[i] + wa * a[i]));
+  }
+}
+
+template <typename Real>
+INLINE void classifier_free_body(const Real* uncond, const Real* cond, Real scale, std::int64_t count, Real* out) {
+#pragma GCC ivdep
+  for (std::int64_t i = 0; i < count; ++i) out[i] = uncond[i] + scale * (cond[i] - uncond[i]);
+}
+
+// The elements of one Philox counter each; the tail goes through a buffer of four.
+template <typename Real>
+INLINE void noise_body(std::uint64_t seed, std::uint32_t id, std::uint32_t step, std::int64_t offset,
+                       std::int64_t count, Real* out) {
+  const std::uint32_t first = static_cast<std::uint32_t>(offset / 4);
+  const std::int64_t blocks = count / 4;
+#pragma GCC ivdep
+  for (std::int64_t block = 0; block < blocks; ++block)
+    noise_block(seed, id, step, first + static_cast<std::uint32_t>(block), out + 4 * block);
+  if (count % 4) {
+    Real tail[4];
+    noise_block(seed, id, step, first + static_cast<std::uint32_t>(blocks), tail);
+    for (std::int64_t i = 0; i < count % 4; ++i) out[4 * blocks + i] = tail[i];
+  }
+}
+
+}  // namespace
+
+#define DEFINE_FOR(Real)                                                                                        \
+  CLONES void load(const void* source, int dtype, std::int64_t offset, std::int64_t count, Real* target) {      \
+    load_body(source, dtype, offset, count, target);                                                            \
+  }                                                                                                             \
+  CLONES void store(const Real* source, void* target, int dtype, std::int64_t offset, std::int64_t count) {     \
+    store_body(source, target, dtype, offset, count);                                                           \
+  }                                                                                                             \
+  CLONES double dot(const Real* left, const Real* right, std::int64_t count) { return dot_body(left, right, count); } \
+  CLONES void combine(const Terms<Real>& terms, std::int64_t count, Real* out) { combine_body(terms, count, out); }   \
+  CLONES void classifier_free(const Real* uncond, const Real* cond, Real scale, std::int64_t count, Real* out) { \
+    classifier_free_body(uncond, cond, scale, count, out);                                                      \
+  }                                                                                                             \
+  CLONES void noise(std::uint64_t seed, std::uint32_t sample_id, std::uint32_t step, std::int64_t offset,       \
+                    std::int64_t count, Real* out) {                                                            \
+    noise_body(seed, sample_id, step, offset, count, out);                                                      \
+  }
+DEFINE_FOR(float)
+DEFINE_FOR(double)
+
+// On integers, where a maximum may be reordered: no clean-room floating-point flag is needed to vectorise it.
+CLONES bool all_finite(const float* values, std::int64_t count) {
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::uint32_t magnitude = to_bits(values[i]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < 0x7F800000u;
+}
+
+CLONES bool all_finite(const double* values, std::int64_t count) {
+  std::uint64_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint64_t bits;
+    std::memcpy(&bits, values + i, 8);
+    bits &= 0x7FFFFFFFFFFFFFFFull;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest < 0x7FF0000000000000ull;
+}
+
+void stream(const float* source, float* target, std::int64_t count) {
+  std::int64_t i = 0;
+#if defined(__x86_64__)
+  for (; i + 4 <= count; i += 4) _mm_stream_ps(target + i, _mm_loadu_ps(source + i));
+#endif
+  for (; i < count; ++i) target[i] = source[i];
+}
+
+void stream(const double* source, double* target, std::int64_t count) {
+  std::int64_t i = 0;
+#if defined(__x86_64__)
+  for (; i + 2 <= count; i += 2) _mm_stream_pd(target + i, _mm_loadu_pd(source + i));
+#endif
+  for (; i < count; ++i) target[i] = source[i];
+}
+
+void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+void triad(const float* a, const float* b, const float* c, float s, float t, std::int64_t count, float* out,
+           bool streaming) {
+  float buffer[kChunk];
+  for (std::int64_t begin = 0; begin < count; begin += kChunk) {
+    const std::int64_t size = count - begin < kChunk ? count - begin : kChunk;
+    Terms<float> terms;
+    terms.add(t, c + begin);
+    terms.add(s, b + begin);
+    terms.add(1.0f, a + begin);
+    combine(terms, size, streaming ? buffer : out + begin);
+    if (streaming) stream(buffer, out + begin, size);
+  }
+  if (streaming) stream_fence();
+}
+
+}  // namespace fastdensity::simd

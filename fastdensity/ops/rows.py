@@ -1,0 +1,320 @@
+"""Guided drift, guided prediction, guided step, prior rescaling: one pass over the rows of a batch each.
+
+All four are the same kernel family (docs/architecture.md, "Rows"): the Gram matrix of a few row vectors, a few
+numbers per row from it, a linear combination. Formulas: Karczewski, Heinonen and Garg, "Devil is in the Details"
+(ICML 2025, arXiv 2502.05807), written [DG] below.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdensity import rules
+from fastdensity.boundary import check_integer, check_like, check_number, check_sample_ids, check_state
+from fastdensity.ops.rows_operator import run
+from fastdensity.reference.rows import NoiseKey, Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A guided step: the new sample, and what happened in each row.
+
+    Attributes:
+        sample: (B, *), the dtype of the state.
+        report: (B, 4), one row of numbers per sample, columns as in `fastdensity.rules.REPORT_COLUMNS`.
+    """
+
+    sample: Tensor
+    report: Tensor
+
+    @property
+    def eta(self) -> Tensor:
+        """(B,) the factor on the predicted noise; 1 on rows left unguided."""
+        return 1.0 + self.report[:, 0]
+
+    @property
+    def eta_minus_one(self) -> Tensor:
+        """(B,) eta - 1, which keeps its digits where eta itself rounds to 1 (large D, low precision)."""
+        return self.report[:, 0]
+
+    @property
+    def sq_norm(self) -> Tensor:
+        """(B,) ||eps||^2 of the predicted noise."""
+        return self.report[:, 1]
+
+    @property
+    def dlogp(self) -> Tensor:
+        """(B,) nats that guidance adds to log p over the step, to first order: (eta - 1) ||eps||^2 d ln(alpha/sigma)."""
+        return self.report[:, 2]
+
+    @property
+    def flags(self) -> Tensor:
+        """(B,) bits of `fastdensity.rules.FLAG_*`; 0 where the row was guided as asked."""
+        return self.report[:, 3].to(torch.int64)
+
+
+def guided_drift(
+    x: Tensor,
+    u: Tensor,
+    score: Tensor,
+    div: float | Tensor,
+    b: float | Tensor,
+    *,
+    dt: float | Tensor | None = None,
+    out: Tensor | None = None,
+    report: Tensor | None = None,
+) -> Tensor:
+    """The smallest change of the drift u that makes log p change at rate b: w = u + (div u + b) s / ||s||^2.
+
+    [DG] eq. 11. With `dt` the Euler step x + dt w is returned instead of w, in the same pass.
+
+    Args:
+        x: state (B, *). u: drift of the flow (B, *). score: grad log p(x) (B, *).
+        div: divergence of u, (B,) or a number, in 1 per unit of time. b: wanted d log p/dt, nats per unit of time.
+        dt: step, (B,) or a number, may be negative. out: written if given; may be x itself.
+        report: (B, 4) float32 (float64 for float64 rows), receives (gain, ||s||^2, nats added, flags) per row.
+
+    Returns:
+        w in u's dtype, or x + dt w in x's. A row with zero or non-finite score, or non-finite div + b, is left
+        unguided (and flagged in `report`); no row touches another.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+    """
+    check_state("x", x)
+    check_like("u", u, x, "x")
+    check_like("score", score, x, "x")
+    step = 1.0 if dt is None else check_number("dt", dt, x)
+    parameters = (check_number("div", div, x), check_number("b", b, x), step)
+    operands = (None if dt is None else x, u, None, score)
+    name = "u" if dt is None else "x"
+    return run("drift", "epsilon", operands, parameters, None, out, report, name)[0]
+
+
+def scale_prior(
+    latents: Tensor,
+    quantile: float | Tensor | None = None,
+    sigma: float | Tensor = 1.0,
+    *,
+    radius: float | Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Prior guidance: rescale each latent to a radius; a larger radius is a less likely latent, with more detail.
+
+    [DG] section 5. With `radius` the row's norm becomes that; otherwise sigma times the `quantile` (default 0.5)
+    of the chi distribution with D degrees of freedom, the law of ||latent|| under N(0, sigma^2 I).
+
+    Args:
+        latents: (B, *). quantile: in (0, 1), a number or (B,). sigma: standard deviation of the prior, >= 0.
+        radius: >= 0, a number or (B,), in the units of the latents. out: written if given; may be `latents`.
+
+    Returns:
+        (B, *) in the latents' dtype. A zero row stays zero.
+
+    Raises:
+        ValueError: both or neither sensible: `radius` together with `quantile`, quantile outside (0, 1), sigma < 0.
+    """
+    check_state("latents", latents)
+    if radius is not None:
+        if quantile is not None:
+            raise ValueError("give either quantile or radius to scale_prior, not both")
+        wanted: Parameter = check_number("radius", radius, latents, 0.0)
+    else:
+        probability = check_number("quantile", 0.5 if quantile is None else quantile, latents, 0.0, 1.0, True)
+        scale = check_number("sigma", sigma, latents, 0.0)
+        columns = latents.numel() // max(latents.shape[0], 1)
+        wanted = scale * chi_quantile(probability, columns) if columns else 0.0
+    return run("radius", "epsilon", (latents, None, None, None), (wanted,), None, out, None, "latents")[0]
+
+
+def chi_quantile(probability: Parameter, degrees: int) -> Parameter:
+    """Quantile of the chi distribution, by Newton's method on the regularised incomplete gamma function.
+
+    Starts at Wilson and Hilferty's (1931) cube-root normal approximation; float64 throughout.
+    """
+    is_tensor = isinstance(probability, Tensor)
+    p = torch.as_tensor(probability, dtype=torch.float64)
+    shape = torch.full_like(p, degrees / 2)
+    spread = 2.0 / (9.0 * degrees)
+    half = (degrees / 2) * (1.0 - spread + torch.special.ndtri(p) * math.sqrt(spread)).clamp(min=1e-2) ** 3
+    for _ in range(40):
+        log_density = (shape - 1.0) * half.log() - half - torch.lgamma(shape)
+        change = (torch.special.gammainc(shape, half) - p) * torch.exp(-log_density)
+        half = torch.clamp(half - change, half / 4, half * 4)
+    result = (2.0 * half).sqrt()
+    return result if is_tensor else float(result)
+
+
+def _prediction_type(name: Any) -> str:
+    known = rules.PREDICTION_TYPE_ALIASES.get(name, name) if isinstance(name, str) else name
+    if known not in rules.PREDICTION_TYPES:
+        raise ValueError(f"prediction_type must be one of {', '.join(rules.PREDICTION_TYPES)}, got {name!r}")
+    return known  # type: ignore[no-any-return]
+
+
+def _check_cfg(uncond: Tensor | None, cfg_scale: float | Tensor, sample: Tensor) -> Parameter:
+    if uncond is not None:
+        check_like("uncond", uncond, sample, "sample")
+    scale = check_number("cfg_scale", cfg_scale, sample)
+    if uncond is None and not (isinstance(scale, float) and scale == 1.0):
+        raise ValueError("cfg_scale needs the unconditional prediction: pass uncond, or leave cfg_scale at 1")
+    return scale
+
+
+def guide_prediction(
+    prediction: Tensor,
+    sample: Tensor,
+    *,
+    alpha: float | Tensor,
+    sigma: float | Tensor,
+    q: float | Tensor = 0.5,
+    shift: float | Tensor = 0.0,
+    gain: float | Tensor = 0.0,
+    prediction_type: str = "epsilon",
+    uncond: Tensor | None = None,
+    cfg_scale: float | Tensor = 1.0,
+    sigma_data: float = 0.5,
+    out: Tensor | None = None,
+    report: Tensor | None = None,
+) -> Tensor:
+    """The network output whose predicted noise is eta times larger: density guidance before any solver.
+
+    eta = 1 + gain + (sqrt(2 D) ndtri(q) + shift) / ||eps||^2, [DG] eq. 15; q > 1/2 raises the density (smoother
+    samples), q < 1/2 lowers it (more detail). The result converts back to the same parameterisation, so any
+    solver for the flow x = alpha x0 + sigma eps takes it in place of the plain output.
+
+    Args:
+        prediction: the network's output (B, *), conditional if `uncond` is given. sample: its input x (B, *).
+        alpha, sigma: the path at x, numbers or (B,), >= 0. q: in (0, 1). shift: further nats per d ln(alpha/sigma)
+            (2 (div u + b) makes d log p / d lam = b, see `fastdensity.DensityGuidance`). gain: added to eta.
+        prediction_type: one of `fastdensity.rules.PREDICTION_TYPES`. sigma_data: EDM only.
+        uncond, cfg_scale: classifier-free guidance uncond + cfg_scale (prediction - uncond), before the density's.
+        out: written if given. report: (B, 4), receives (eta - 1, ||eps||^2, 0, flags).
+
+    Returns:
+        (B, *) in the prediction's dtype. Rows at alpha = 0 or sigma = 0, with ||eps|| = 0, or with numbers that
+        are out of range inside a tensor pass through unguided and are flagged.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device, or a Python number out of range.
+    """
+    check_state("sample", sample)
+    check_like("prediction", prediction, sample, "sample")
+    kind = _prediction_type(prediction_type)
+    parameters = (
+        check_number("alpha", alpha, sample, 0.0),
+        check_number("sigma", sigma, sample, 0.0),
+        1.0,
+        1.0,
+        check_number("q", q, sample, 0.0, 1.0, True),
+        check_number("shift", shift, sample),
+        check_number("gain", gain, sample),
+        _check_cfg(uncond, cfg_scale, sample),
+        0.0,
+        check_number("sigma_data", sigma_data, sample, 0.0, math.inf, True),
+    )
+    operands = (sample, prediction, uncond, None)
+    return run("prediction", kind, operands, parameters, None, out, report, "prediction")[0]
+
+
+def guided_step(
+    sample: Tensor,
+    prediction: Tensor,
+    *,
+    alpha: float | Tensor,
+    sigma: float | Tensor,
+    alpha_next: float | Tensor,
+    sigma_next: float | Tensor,
+    q: float | Tensor = 0.5,
+    shift: float | Tensor = 0.0,
+    gain: float | Tensor = 0.0,
+    prediction_type: str = "epsilon",
+    uncond: Tensor | None = None,
+    cfg_scale: float | Tensor = 1.0,
+    sigma_data: float = 0.5,
+    noise: Tensor | None = None,
+    noise_scale: float | Tensor = 0.0,
+    seed: int | None = None,
+    sample_ids: Tensor | None = None,
+    step: int = 0,
+    out: Tensor | None = None,
+) -> StepResult:
+    """One guided step of the flow, from (alpha, sigma) to (alpha_next, sigma_next), in one pass.
+
+    The step is DDIM's (Song et al. 2021): alpha' x0 + sigma' eps, Euler in sigma / alpha; for a rectified flow it
+    is Euler in time. Guidance replaces eps by eta eps as in `guide_prediction`. With `noise_scale` the part of
+    standard normal noise that is orthogonal to the score is added, noise_scale (z - eps (eps.z) / ||eps||^2):
+    it leaves log p alone to first order ([DG] section 4.2).
+
+    Args:
+        sample: x (B, *). prediction, prediction_type, uncond, cfg_scale, sigma_data, q, shift, gain, alpha, sigma:
+            as in `guide_prediction`. alpha_next, sigma_next: the path after the step, numbers or (B,), >= 0.
+        noise: standard normals (B, *); or seed: a non-negative int < 2^63, and the noise is made inside the kernel
+            by Philox4x32-10 from (seed, sample id, step, element). sample_ids: int64 (B,), default 0 .. B-1,
+            taken modulo 2^32. step: which step of the trajectory this is, part of the key.
+        noise_scale: standard deviation of the noise, a number or (B,), in units of the sample.
+        out: (B, *) like `sample`; written if given, may be `sample`.
+
+    Returns:
+        StepResult with .sample (B, *) in the sample's dtype, .eta, .sq_norm, .dlogp, .flags (B,). A row with
+        alpha, sigma, alpha_next or sigma_next = 0 takes the unguided step and is flagged.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device, or a Python number out of range; also the plain
+            step that does not exist (epsilon or score at alpha = 0, sample at sigma = 0).
+    """
+    check_state("sample", sample)
+    check_like("prediction", prediction, sample, "sample")
+    kind = _prediction_type(prediction_type)
+    ends = (
+        check_number("alpha", alpha, sample, 0.0),
+        check_number("sigma", sigma, sample, 0.0),
+        check_number("alpha_next", alpha_next, sample, 0.0),
+        check_number("sigma_next", sigma_next, sample, 0.0),
+    )
+    _check_step_exists(kind, *ends[:2])
+    noise_key = _check_noise(noise, noise_scale, seed, sample_ids, step, sample)
+    parameters = (
+        *ends,
+        check_number("q", q, sample, 0.0, 1.0, True),
+        check_number("shift", shift, sample),
+        check_number("gain", gain, sample),
+        _check_cfg(uncond, cfg_scale, sample),
+        check_number("noise_scale", noise_scale, sample, 0.0),
+        check_number("sigma_data", sigma_data, sample, 0.0, math.inf, True),
+    )
+    operands = (sample, prediction, uncond, noise)
+    result, report = run("step", kind, operands, parameters, noise_key, out, True, "sample")
+    assert report is not None
+    return StepResult(result, report)
+
+
+def _check_step_exists(kind: str, alpha: Parameter, sigma: Parameter) -> None:
+    """x0 cannot be told from pure noise's eps, nor eps from clean data's x0: there is no such step."""
+    if kind in ("epsilon", "score") and isinstance(alpha, float) and alpha == 0.0:
+        raise ValueError(f"alpha must be positive for prediction_type {kind!r}: at alpha = 0 it does not determine x0")
+    if kind == "sample" and isinstance(sigma, float) and sigma == 0.0:
+        raise ValueError("sigma must be positive for prediction_type 'sample': at sigma = 0 it does not determine eps")
+    if isinstance(alpha, float) and isinstance(sigma, float) and alpha == 0.0 and sigma == 0.0:
+        raise ValueError("alpha and sigma cannot both be 0")
+
+
+def _check_noise(
+    noise: Any, noise_scale: Any, seed: Any, sample_ids: Any, step: Any, sample: Tensor
+) -> NoiseKey | None:
+    if noise is not None and seed is not None:
+        raise ValueError("give either noise or seed to guided_step, not both")
+    if noise is not None:
+        check_like("noise", noise, sample, "sample")
+        return None
+    if seed is not None:
+        seed = check_integer("seed", seed, 0, 2**63 - 1)
+        return seed, check_sample_ids(sample_ids, sample), check_integer("step", step, 0, 2**32 - 1)
+    if isinstance(noise_scale, Tensor) or noise_scale != 0:
+        raise ValueError("noise_scale needs noise: pass noise (B, *), or seed to draw it")
+    return None

@@ -1,0 +1,166 @@
+"""From checked arguments to a launch, and the same as a torch operator where torch has to see one.
+
+Plain tensors go straight to the backend's launcher. Three kinds of call do not:
+- under torch.compile, or with fake tensors, `torch.ops.fastdensity.rows` is called: it has a fake implementation,
+  so graphs capture it whole;
+- a tensor that carries a derivative (requires_grad, a forward-mode dual, any functorch transform) is computed by
+  the torch reference, which torch differentiates. A kernel would drop the tangent without a word;
+- negative views and rows that are not dense are made plain first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdensity._backend import launcher
+from fastdensity.boundary import carries_derivatives, check_out, describe
+from fastdensity.reference import rows as reference
+from fastdensity.reference.rows import NoiseKey, Operands, Parameter
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None), float)
+
+
+def run(
+    rule: str,
+    kind: str,
+    operands: Operands,
+    parameters: tuple[Parameter, ...],
+    noise_key: NoiseKey | None,
+    out: Tensor | None,
+    report: Tensor | bool | None,
+    like_name: str,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, report): the one entry of the family. `report` True allocates one, None skips it."""
+    like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
+    assert like is not None
+    everything = (*operands, *parameters)
+    if out is not None:
+        check_out(out, like, like_name, operands)
+    if isinstance(report, Tensor):
+        _check_report(report, like, operands)
+    compiling = torch.compiler.is_compiling()
+    if compiling or any(type(item) not in PLAIN_TYPES for item in everything):
+        results = _through_operator(rule, kind, operands, parameters, noise_key)
+        return _deliver(*results, out, report)
+    if carries_derivatives(everything):
+        if out is not None or isinstance(report, Tensor):
+            raise ValueError("out and report cannot be written where a derivative is asked; leave them away")
+        flat = tuple(None if operand is None else operand.flatten(1) for operand in operands)
+        result, numbers = reference.rows(rule, kind, flat, parameters, noise_key)  # type: ignore[arg-type]
+        return result.reshape(like.shape), numbers
+    return _launch(rule, kind, operands, parameters, noise_key, out, report, like)
+
+
+def _launch(
+    rule: str,
+    kind: str,
+    operands: Operands,
+    parameters: tuple[Parameter, ...],
+    noise_key: NoiseKey | None,
+    out: Tensor | None,
+    report: Tensor | bool | None,
+    like: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    dense = tuple(None if operand is None else _dense_rows(operand) for operand in operands)
+    if out is None:
+        out = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
+    if report is True:
+        report = torch.empty((like.shape[0], 4), dtype=reference.compute_dtype(operands), device=like.device)
+    numbers = report if isinstance(report, Tensor) else None
+    if out.numel() == 0:
+        if numbers is not None:
+            numbers.zero_()
+        return out, numbers
+    launcher("rows", like.device.type)(rule, kind, dense, parameters, noise_key, out, numbers)
+    return out, numbers
+
+
+def _dense_rows(operand: Tensor) -> Tensor:
+    """The operand itself if each row lies densely in memory, whatever the stride between rows; else a copy."""
+    if operand.is_neg():
+        operand = operand.resolve_neg()
+    if operand.is_contiguous():
+        return operand
+    expected = 1
+    for size, stride in zip(reversed(operand.shape[1:]), reversed(operand.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return operand.contiguous()
+        expected *= size
+    return operand
+
+
+def _check_report(report: Tensor, like: Tensor, operands: Operands) -> None:
+    dtype = reference.compute_dtype(operands)
+    if report.shape != (like.shape[0], 4) or report.dtype != dtype or report.device != like.device:
+        raise ValueError(f"report must be {dtype} of shape ({like.shape[0]}, 4) on {like.device}, got {describe(report)}")
+    if not report.is_contiguous() or report.requires_grad:
+        raise ValueError("report must be contiguous and must not require grad")
+
+
+def _deliver(
+    result: Tensor, numbers: Tensor, out: Tensor | None, report: Tensor | bool | None
+) -> tuple[Tensor, Tensor]:
+    if isinstance(report, Tensor):
+        numbers = report.copy_(numbers)
+    return (result if out is None else out.copy_(result)), numbers
+
+
+def _through_operator(
+    rule: str, kind: str, operands: Operands, parameters: tuple[Parameter, ...], noise_key: NoiseKey | None
+) -> tuple[Tensor, Tensor]:
+    tensors = [parameter if isinstance(parameter, Tensor) else None for parameter in parameters]
+    values = [0.0 if isinstance(parameter, Tensor) else parameter for parameter in parameters]
+    seed, sample_ids, step = (0, None, 0) if noise_key is None else noise_key
+    return torch.ops.fastdensity.rows(  # type: ignore[no-any-return]
+        rule, kind, list(operands), tensors, values, sample_ids, seed, step
+    )
+
+
+_library = torch.library.Library("fastdensity", "DEF")
+_library.define(
+    "rows(str rule, str kind, Tensor?[] operands, Tensor?[] tensors, float[] values, "
+    "Tensor? sample_ids, int seed, int step) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _unpack(call: tuple[Any, ...]) -> tuple[str, str, Operands, tuple[Parameter, ...], NoiseKey | None, Tensor]:
+    rule, kind, operands, tensors, values, sample_ids, seed, step = call
+    parameters = tuple(
+        value if tensor is None else tensor for tensor, value in zip(tensors, values, strict=True)
+    )
+    noise_key = None if sample_ids is None else (seed, sample_ids, step)
+    like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
+    return rule, kind, tuple(operands), parameters, noise_key, like  # type: ignore[return-value]
+
+
+def _rows_kernel(*call: Any) -> tuple[Tensor, Tensor]:
+    *arguments, like = _unpack(call)
+    result, report = _launch(*arguments, None, True, like)
+    assert report is not None
+    return result, report
+
+
+def _rows_fake(*call: Any) -> tuple[Tensor, Tensor]:
+    _, _, operands, _, _, like = _unpack(call)
+    report = like.new_empty((like.shape[0], 4), dtype=reference.compute_dtype(operands))
+    return torch.empty_like(like, memory_format=torch.contiguous_format), report
+
+
+def _rows_autograd(*call: Any) -> tuple[Tensor, Tensor]:
+    """Where torch may want a derivative: the reference, in operations torch knows; else on to the kernel."""
+    rule, kind, operands, parameters, noise_key, like = _unpack(call)
+    if not carries_derivatives((*operands, *parameters)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fastdensity.rows(*call)  # type: ignore[no-any-return]
+    flat = tuple(None if operand is None else operand.flatten(1) for operand in operands)
+    result, numbers = reference.rows(rule, kind, flat, parameters, noise_key)  # type: ignore[arg-type]
+    return result.reshape(like.shape), numbers
+
+
+_library.impl("rows", _rows_kernel, "CompositeExplicitAutograd")
+_library.impl("rows", _rows_autograd, "Autograd")
+torch.library.register_fake("fastdensity::rows", _rows_fake, lib=_library)
