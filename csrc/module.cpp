@@ -1,5 +1,5 @@
-// The only file that knows Python. Arguments are integers, floats and tuples of them: fastdensity/ops/*_native.py
-// made them of checked tensors. Nothing here converts, copies or keeps an array.
+// The only file that knows Python. It asks a tensor for its address, element type and stride through the tensor's own
+// methods and links no libtorch. fastdensity/ops checked every argument; nothing here converts, copies or keeps one.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
@@ -20,52 +20,90 @@ std::int64_t integer(nb::handle item) { return nb::cast<std::int64_t>(item); }
 
 const void* address(std::int64_t value) { return reinterpret_cast<const void*>(static_cast<std::uintptr_t>(value)); }
 
-DataType data_type(std::int64_t number) {
-  if (number < 0 || number > 3) throw std::invalid_argument("unknown element type " + std::to_string(number));
-  return static_cast<DataType>(number);
+// torch's dtypes in the order of DataType, and the names of the methods asked for, made once.
+struct TorchNames {
+  PyObject* dtypes[4] = {};
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* stride = PyUnicode_InternFromString("stride");
+};
+
+TorchNames& names() {
+  static TorchNames instance;
+  return instance;
 }
 
-// None, or (address, element type, row stride)
-Rows rows_of(nb::handle item) {
-  if (item.is_none()) return {};
-  nb::tuple parts = nb::borrow<nb::tuple>(item);
-  return {address(integer(parts[0])), data_type(integer(parts[1])), integer(parts[2])};
+void set_dtypes(nb::tuple dtypes) {
+  if (dtypes.size() != 4) throw std::invalid_argument("expected four dtypes");
+  for (int i = 0; i < 4; ++i) names().dtypes[i] = nb::borrow(dtypes[i]).release().ptr();
 }
 
-// A number, or (address, element type, stride)
+nb::object call_method(nb::handle object, PyObject* name) {
+  PyObject* result = PyObject_CallMethodObjArgs(object.ptr(), name, nullptr);
+  if (!result) nb::raise_python_error();
+  return nb::steal(result);
+}
+
+DataType data_type(nb::handle tensor) {
+  const nb::object dtype = nb::steal(PyObject_GetAttr(tensor.ptr(), names().dtype));
+  for (int i = 0; i < 4; ++i)
+    if (dtype.ptr() == names().dtypes[i]) return static_cast<DataType>(i);
+  throw std::invalid_argument("unsupported element type");
+}
+
+// None, or a tensor (B, *) with dense rows; `row_stride` 0 asks the tensor.
+Rows rows_of(nb::handle tensor, std::int64_t row_stride) {
+  Rows rows;
+  if (tensor.is_none()) return rows;
+  rows.data = address(integer(call_method(tensor, names().data_ptr)));
+  rows.dtype = data_type(tensor);
+  rows.row_stride = row_stride;
+  if (!row_stride) {
+    const nb::tuple strides = nb::borrow<nb::tuple>(call_method(tensor, names().stride));
+    rows.row_stride = strides.size() ? integer(strides[0]) : 0;
+  }
+  return rows;
+}
+
+// A number, or a tensor with one number per row or one for all.
 Parameter parameter_of(nb::handle item) {
   Parameter parameter;
-  if (!nb::isinstance<nb::tuple>(item)) {
-    parameter.value = nb::cast<double>(item);
+  if (PyFloat_Check(item.ptr())) {
+    parameter.value = PyFloat_AsDouble(item.ptr());
     return parameter;
   }
-  const Rows rows = rows_of(item);
+  const Rows rows = rows_of(item, 0);
   parameter.data = rows.data, parameter.dtype = rows.dtype, parameter.stride = rows.row_stride;
+  if (parameter.dtype != DataType::float32 && parameter.dtype != DataType::float64)
+    throw std::invalid_argument("numbers per row must be float32 or float64");
   return parameter;
 }
 
-RowsCall make_call(int rule, int type, std::int64_t rows, std::int64_t columns, nb::handle v0, nb::handle v1,
-                   nb::handle uncond, nb::handle v2, nb::tuple out, nb::tuple parameters, std::int64_t report,
-                   std::uint64_t seed, std::int64_t sample_ids, std::uint32_t step) {
+RowsCall make_call(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0, nb::handle v1,
+                   nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters, nb::handle report,
+                   std::uint64_t seed, nb::handle sample_ids, std::uint32_t step) {
   if (rule < 0 || rule > 3 || type < 0 || type > 6) throw std::invalid_argument("unknown rule or prediction type");
   if (parameters.size() > kParameters) throw std::invalid_argument("too many parameters");
   RowsCall call;
   call.rule = static_cast<Rule>(rule), call.type = static_cast<PredictionType>(type);
   call.rows = rows, call.columns = columns;
-  call.v0 = rows_of(v0), call.v1 = rows_of(v1), call.uncond = rows_of(uncond), call.v2 = rows_of(v2);
-  const Rows target = rows_of(out);
+  const std::int64_t stride = contiguous ? columns : 0;
+  call.v0 = rows_of(v0, stride), call.v1 = rows_of(v1, stride);
+  call.uncond = rows_of(uncond, stride), call.v2 = rows_of(v2, stride);
+  const Rows target = rows_of(out, columns);
   call.out = const_cast<void*>(target.data), call.out_dtype = target.dtype, call.out_stride = target.row_stride;
   for (std::size_t i = 0; i < parameters.size(); ++i) call.parameters[i] = parameter_of(parameters[i]);
-  call.report = const_cast<void*>(address(report));
+  if (!report.is_none()) call.report = const_cast<void*>(address(integer(call_method(report, names().data_ptr))));
   call.seed = seed, call.step = step;
-  call.sample_ids = static_cast<const std::int64_t*>(address(sample_ids));
+  if (!sample_ids.is_none())
+    call.sample_ids = static_cast<const std::int64_t*>(address(integer(call_method(sample_ids, names().data_ptr))));
   return call;
 }
 
-void rows_cpu_entry(int rule, int type, std::int64_t rows, std::int64_t columns, nb::handle v0, nb::handle v1,
-                    nb::handle uncond, nb::handle v2, nb::tuple out, nb::tuple parameters, std::int64_t report,
-                    std::uint64_t seed, std::int64_t sample_ids, std::uint32_t step, int threads) {
-  const RowsCall call = make_call(rule, type, rows, columns, v0, v1, uncond, v2, out, parameters, report, seed,
+void rows_cpu_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0, nb::handle v1,
+                    nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters, nb::handle report,
+                    std::uint64_t seed, nb::handle sample_ids, std::uint32_t step, int threads) {
+  const RowsCall call = make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report, seed,
                                   sample_ids, step);
   if (rows * columns < 4096) return rows_cpu(call, 1);  // shorter than handing the interpreter over and back
   nb::gil_scoped_release release;
@@ -73,19 +111,19 @@ void rows_cpu_entry(int rule, int type, std::int64_t rows, std::int64_t columns,
 }
 
 #ifdef FASTDENSITY_WITH_CUDA
-std::int64_t rows_cuda_scratch_entry(int rule, int type, std::int64_t rows, std::int64_t columns, nb::handle v0,
-                                     nb::handle v1, nb::handle uncond, nb::handle v2, nb::tuple out,
-                                     nb::tuple parameters, std::int64_t report, std::uint64_t seed,
-                                     std::int64_t sample_ids, std::uint32_t step) {
-  return rows_cuda_scratch(make_call(rule, type, rows, columns, v0, v1, uncond, v2, out, parameters, report, seed,
+std::int64_t rows_cuda_scratch_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0,
+                                     nb::handle v1, nb::handle uncond, nb::handle v2, nb::handle out,
+                                     nb::tuple parameters, nb::handle report, std::uint64_t seed,
+                                     nb::handle sample_ids, std::uint32_t step) {
+  return rows_cuda_scratch(make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report, seed,
                                      sample_ids, step));
 }
 
-void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns, nb::handle v0, nb::handle v1,
-                     nb::handle uncond, nb::handle v2, nb::tuple out, nb::tuple parameters, std::int64_t report,
-                     std::uint64_t seed, std::int64_t sample_ids, std::uint32_t step, std::int64_t scratch,
+void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0, nb::handle v1,
+                     nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters, nb::handle report,
+                     std::uint64_t seed, nb::handle sample_ids, std::uint32_t step, std::int64_t scratch,
                      std::int64_t stream) {
-  const RowsCall call = make_call(rule, type, rows, columns, v0, v1, uncond, v2, out, parameters, report, seed,
+  const RowsCall call = make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report, seed,
                                   sample_ids, step);
   const char* error = rows_cuda(call, const_cast<void*>(address(scratch)), const_cast<void*>(address(stream)));
   if (error) throw std::runtime_error(std::string("CUDA kernel `rows` failed: ") + error);
@@ -138,9 +176,10 @@ NB_MODULE(_native, m) {
 #endif
   m.attr("build") = FASTDENSITY_BUILD;
   m.def("rows_cpu", &rows_cpu_entry, nb::arg("rule"), nb::arg("type"), nb::arg("rows"), nb::arg("columns"),
-        nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(), nb::arg("v2").none(), nb::arg("out"),
-        nb::arg("parameters"), nb::arg("report"), nb::arg("seed"), nb::arg("sample_ids"), nb::arg("step"),
+        nb::arg("contiguous"),        nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(), nb::arg("v2").none(), nb::arg("out"),
+        nb::arg("parameters"), nb::arg("report").none(), nb::arg("seed"), nb::arg("sample_ids").none(), nb::arg("step"),
         nb::arg("threads"));
+  m.def("set_dtypes", &set_dtypes);
   m.def("rule_coefficients", &rule_coefficients);
   m.def("philox_words", &philox_words);
   m.def("triad", &triad);

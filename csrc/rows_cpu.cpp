@@ -133,24 +133,31 @@ std::int64_t chunk_size(const RowsCall& call, std::int64_t chunk) {
   return std::min(kChunk, call.columns - chunk * kChunk);
 }
 
-// One thread takes whole rows: the second pass finds the row in its cache, latest chunk first.
+// One row from beginning to end: the second pass finds the row in the cache, latest chunk first.
+template <typename Real>
+void run_row(const RowKernel<Real>& kernel, const RowsCall& call, std::int64_t chunks, std::int64_t row) {
+  RowPlan plan = kernel.plan(row);
+  Sums total;
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const Sums part = kernel.sums(plan, row, chunk * kChunk, chunk_size(call, chunk));
+    total.norm += part.norm, total.overlap += part.overlap;
+  }
+  const RowReport report = kernel.finish(plan, total);
+  bool finite = true;
+  for (std::int64_t chunk = chunks - 1; chunk >= 0; --chunk)
+    finite &= kernel.combine(plan, row, chunk * kChunk, chunk_size(call, chunk));
+  kernel.report(row, report, finite);
+}
+
 template <typename Real>
 void run_by_rows(const RowsCall& call, std::int64_t chunks, int threads) {
   const RowKernel<Real> kernel(call);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (std::int64_t row = 0; row < call.rows; ++row) {
-    RowPlan plan = kernel.plan(row);
-    Sums total;
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Sums part = kernel.sums(plan, row, chunk * kChunk, chunk_size(call, chunk));
-      total.norm += part.norm, total.overlap += part.overlap;
-    }
-    const RowReport report = kernel.finish(plan, total);
-    bool finite = true;
-    for (std::int64_t chunk = chunks - 1; chunk >= 0; --chunk)
-      finite &= kernel.combine(plan, row, chunk * kChunk, chunk_size(call, chunk));
-    kernel.report(row, report, finite);
+  if (threads == 1) {  // entering a parallel region of one thread costs more than a small row
+    for (std::int64_t row = 0; row < call.rows; ++row) run_row(kernel, call, chunks, row);
+    return;
   }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (std::int64_t row = 0; row < call.rows; ++row) run_row(kernel, call, chunks, row);
 }
 
 // Few long rows: all threads share each row, chunk by chunk.

@@ -3,13 +3,15 @@
 FASTDENSITY_BACKEND = auto | cpu | triton | cuda | torch. `auto` (the default) takes the compiled C++ for CPU
 tensors, and for CUDA tensors the compiled CUDA kernels, or Triton where the package was built without nvcc.
 Nothing is tried and silently replaced: a backend that was asked for and is missing raises, with what to do.
+The variable is read when an op first runs on a device, since reading it costs a tenth of a call; `use` changes it.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch
 VARIABLE = "FASTDENSITY_BACKEND"
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 Launcher = Callable[..., None]
-_launchers: dict[tuple[str, str, str], Launcher] = {}
+_launchers: dict[tuple[str, str], Launcher] = {}
 
 
 def requested() -> str:
@@ -45,12 +47,28 @@ def choose(device_type: str) -> str:
 
 
 def launcher(op: str, device_type: str) -> Launcher:
-    """The function that launches `op` for tensors of this device; the choice is made once per environment."""
-    key = (op, device_type, os.environ.get(VARIABLE, "auto"))
-    found = _launchers.get(key)
+    """The function that launches `op` for tensors of this device; chosen on the first call, see `use`."""
+    found = _launchers.get((op, device_type))
     if found is None:
-        found = _launchers[key] = _load(op, choose(device_type))
+        found = _launchers[op, device_type] = _load(op, choose(device_type))
     return found
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within the block every op runs on backend `name` (or 'auto'); not for several threads at once."""
+    previous = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    _launchers.clear()
+    try:
+        requested()
+        yield
+    finally:
+        _launchers.clear()
+        if previous is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = previous
 
 
 def _load(op: str, backend: str) -> Launcher:

@@ -40,13 +40,11 @@ def check_state(name: str, value: Any) -> Tensor:
 
 def check_like(name: str, value: Any, state: Tensor, state_name: str) -> Tensor:
     """A floating tensor of the state's shape on the state's device; its dtype may differ."""
-    if type(value) is Tensor and value.shape == state.shape and value.device == state.device:
-        if value.dtype in FLOATING and value.layout is torch.strided:
-            return value
-    check_state(name, value)
+    if value.__class__ is not Tensor or value.dtype not in FLOATING or value.layout is not torch.strided:
+        check_state(name, value)
     if value.shape != state.shape:
         raise ValueError(f"{name} must have the shape of {state_name}, {tuple(state.shape)}, got {describe(value)}")
-    if value.device != state.device:
+    if not (value.is_cpu and state.is_cpu) and value.device != state.device:
         raise ValueError(f"{name} must be on {state.device} like {state_name}, got {describe(value)}")
     return value
 
@@ -58,31 +56,35 @@ def check_number(
 
     Python numbers are range-checked here; the values of a tensor are not read (see the module's note).
     """
+    if type(value) is float and lowest < value < highest:
+        return value
     if isinstance(value, Tensor):
         return _check_row_numbers(name, value, state)
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a number or a tensor of shape () or (B,), got {describe(value)}")
     number = float(value)
     inside = lowest < number < highest if open_ends else lowest <= number <= highest
-    if not inside or not math.isfinite(number):
+    if not inside or not -math.inf < number < math.inf:
         opening, closing = ("(", ")") if open_ends else ("[", "]")
         raise ValueError(f"{name} must be finite and in {opening}{lowest}, {highest}{closing}, got {number}")
     return number
 
 
 def _check_row_numbers(name: str, value: Tensor, state: Tensor) -> Tensor:
-    rows = state.shape[0]
-    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, rows)):
-        raise ValueError(f"{name} must be a number or have one number per row, shape ({rows},), got {describe(value)}")
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must hold real numbers, got {describe(value)}")
-    if value.device != state.device:
+    count = value.numel()
+    if value.dim() > 1 or (count != 1 and count != state.shape[0]):
+        wanted = f"one number per row, shape ({state.shape[0]},)"
+        raise ValueError(f"{name} must be a number or have {wanted}, got {describe(value)}")
+    if not (value.is_cpu and state.is_cpu) and value.device != state.device:
         if value.dim() != 0 or value.device.type != "cpu":
             raise ValueError(f"{name} must be on {state.device} like the state, got {describe(value)}")
         value = value.to(state.device)
-    if value.dtype not in (torch.float32, torch.float64):
-        value = value.to(torch.float64)
-    return value
+    dtype = value.dtype
+    if dtype is torch.float32 or dtype is torch.float64:
+        return value
+    if value.is_complex() or dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {describe(value)}")
+    return value.to(torch.float64)
 
 
 def check_sample_ids(sample_ids: Any, state: Tensor) -> Tensor:
@@ -110,43 +112,65 @@ def check_out(out: Any, like: Tensor, like_name: str, operands: tuple[Tensor | N
     """`out` must be writable as it is: right shape, dtype, device, dense rows, no partial overlap with an operand."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor, got {describe(out)}")
-    if out.shape != like.shape or out.dtype != like.dtype or out.device != like.device:
+    if not out.is_same_size(like) or out.dtype is not like.dtype or out.device != like.device:
         raise ValueError(f"out must be like {like_name}, {describe(like)}, got {describe(out)}")
     if out.requires_grad or out.is_neg() or out.is_conj():
         raise ValueError("out must be a plain tensor: no requires_grad, no negative view")
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
-    if out.numel():
-        begin, end = _extent(out)
-        for operand in operands:
-            if operand is not None and operand.numel() and operand.device == out.device:
-                _check_overlap(out, operand, begin, end)
+    begin = out.data_ptr()
+    end = begin + out.nbytes
+    for operand in operands:
+        if operand is None or operand is out:
+            continue
+        first = operand.data_ptr()
+        if first < end and not (operand.is_contiguous() and first + operand.nbytes <= begin):
+            _check_overlap(out, operand, begin)
     return out
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte that a tensor touches."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
-
-
-def _check_overlap(out: Tensor, operand: Tensor, begin: int, end: int) -> None:
-    first, last = _extent(operand)
-    same = first == begin and operand.dtype == out.dtype and operand.stride() == out.stride()
-    if first < end and begin < last and not same:
+def _check_overlap(out: Tensor, operand: Tensor, begin: int) -> None:
+    """Each kernel reads an element before it writes the same one: the very same memory is fine, a shift is not."""
+    first = operand.data_ptr()
+    reach = sum((size - 1) * stride for size, stride in zip(operand.shape, operand.stride(), strict=True))
+    if first + (reach + 1) * operand.element_size() <= begin or not operand.numel():
+        return
+    if first != begin or operand.dtype != out.dtype or operand.stride() != out.stride():
         raise ValueError("out overlaps an input in part; pass the input itself to work in place, or separate memory")
 
 
-def carries_derivatives(tensors: tuple[Any, ...]) -> bool:
-    """Does torch want a derivative of, or a transform over, any of these? Kernels know no derivative.
+PLAIN, DERIVATIVE, OPERATOR = range(3)
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
-    Such calls go to the torch reference, which torch differentiates: right in both modes and under vmap.
+
+def route(arguments: tuple[Tensor | float | None, ...]) -> int:
+    """How these must be computed: by a kernel, by the reference, or through torch's dispatcher.
+
+    DERIVATIVE: torch wants a derivative of, or a transform over, one of them. Kernels know no derivative, and would
+    drop the tangent without a word; the torch reference is right in both modes and under vmap.
+    OPERATOR: a tensor subclass (fake tensors among them) has its own idea of what an operator does.
     """
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+    grad_enabled = torch.is_grad_enabled()
+    transforms = forward_ad._current_level >= 0 or _interpreter_stack() is not None
+    for argument in arguments:
+        kind = argument.__class__
+        if argument is None or kind is float:
+            continue
+        if kind not in _PLAIN_TYPES:
+            return OPERATOR
+        if grad_enabled and argument.requires_grad:  # type: ignore[union-attr]
+            return DERIVATIVE
+        if transforms and _is_transformed(argument):  # type: ignore[arg-type]
+            return DERIVATIVE
+    return PLAIN
+
+
+def wants_derivative(arguments: tuple[Tensor | float | None, ...]) -> bool:
+    """The DERIVATIVE of `route`, for tensors of any class: what the operator's autograd kernel asks."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    if forward_ad._current_level < 0 and _interpreter_stack() is None:
-        return False
-    return any(isinstance(t, Tensor) and _is_transformed(t) for t in tensors)
+    return any(_is_transformed(tensor) for tensor in tensors)
 
 
 def _is_transformed(tensor: Tensor) -> bool:

@@ -1,12 +1,10 @@
-"""Hands the rows of a step to the compiled kernels: addresses, element types and strides as plain integers.
+"""Hands the rows of a step to the compiled kernels.
 
-Arrays are not passed as objects: a converted argument would silently drop a tangent or a negative view, and
-costs ten times as much. Everything was checked in `fastdensity.ops.rows` before it comes here.
+The extension takes a tensor's address, element type and stride; it would not see a tangent, a negative view or a
+wrong shape. Everything was checked in `fastdensity.ops.rows` and made plain in `rows_operator` before it comes here.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +15,23 @@ from fastdensity.reference.rows import NoiseKey, Operands, Parameter
 
 RULE_NUMBERS = {name: number for number, name in enumerate(rules.RULES)}
 TYPE_NUMBERS = {name: number for number, name in enumerate(rules.PREDICTION_TYPES)}
-DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-NO_NOISE = (0, 0, 0)
+NO_NOISE: tuple[int, Tensor | None, int] = (0, None, 0)
 _native = native()
+_native.set_dtypes((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
-def _row_numbers(parameter: Parameter) -> Any:
-    """A float as it is, or (address, element type, stride in elements) of a tensor."""
-    if isinstance(parameter, Tensor):
-        stride = parameter.stride(0) if parameter.dim() == 1 and parameter.shape[0] > 1 else 0
-        return (parameter.data_ptr(), DTYPE_NUMBERS[parameter.dtype], stride)
-    return parameter
+def _contiguous(operands: Operands) -> bool:
+    """Then the extension need not ask each operand for its strides, which costs as much as a small row."""
+    v0, v1, uncond, v2 = operands
+    return (
+        (v0 is None or v0.is_contiguous())
+        and (v1 is None or v1.is_contiguous())
+        and (uncond is None or uncond.is_contiguous())
+        and (v2 is None or v2.is_contiguous())
+    )
 
 
-def _arguments(
+def launch_cpu(
     rule: str,
     kind: str,
     operands: Operands,
@@ -38,35 +39,43 @@ def _arguments(
     noise_key: NoiseKey | None,
     out: Tensor,
     report: Tensor | None,
-) -> tuple[Any, ...]:
+) -> None:
+    """Run on CPU memory, on torch's number of threads; the contract is that of `fastdensity.reference.rows`."""
     rows = out.shape[0]
-    vectors = [
-        None if vector is None else (vector.data_ptr(), DTYPE_NUMBERS[vector.dtype], vector.stride(0))
-        for vector in operands
-    ]
-    seed, ids, step = NO_NOISE if noise_key is None else (noise_key[0], noise_key[1].data_ptr(), noise_key[2])
-    return (
+    seed, ids, step = NO_NOISE if noise_key is None else noise_key
+    _native.rows_cpu(
         RULE_NUMBERS[rule],
         TYPE_NUMBERS[kind],
         rows,
         out.numel() // rows,
-        *vectors,
-        (out.data_ptr(), DTYPE_NUMBERS[out.dtype], out.stride(0)),
-        tuple(_row_numbers(parameter) for parameter in parameters),
-        0 if report is None else report.data_ptr(),
+        _contiguous(operands),
+        *operands,
+        out,
+        parameters,
+        report,
         seed,
         ids,
         step,
+        torch.get_num_threads(),
     )
 
 
-def launch_cpu(*call: Any) -> None:
-    """Run on CPU memory, on torch's number of threads; `call` is the contract of `fastdensity.reference.rows`."""
-    _native.rows_cpu(*_arguments(*call), torch.get_num_threads())
-
-
-def launch_cuda(*call: Any) -> None:
-    """Run on the caller's current CUDA stream, on the device that holds `out`."""
-    out = call[5]
+def launch_cuda(
+    rule: str,
+    kind: str,
+    operands: Operands,
+    parameters: tuple[Parameter, ...],
+    noise_key: NoiseKey | None,
+    out: Tensor,
+    report: Tensor | None,
+) -> None:
+    """Run on the caller's current CUDA stream, on the device that holds `out`; long rows borrow scratch memory."""
+    rows = out.shape[0]
+    key = NO_NOISE if noise_key is None else noise_key
+    shape = (rows, out.numel() // rows, _contiguous(operands))
+    call = (RULE_NUMBERS[rule], TYPE_NUMBERS[kind], *shape, *operands, out, parameters, report, *key)
+    size = _native.rows_cuda_scratch(*call)
+    # from torch's caching allocator: no synchronisation, and a captured graph owns its scratch
+    scratch = torch.empty(size, dtype=torch.uint8, device=out.device) if size else None
     with torch.cuda.device(out.device):
-        _native.rows_cuda(*_arguments(*call), torch.cuda.current_stream().cuda_stream)
+        _native.rows_cuda(*call, 0 if scratch is None else scratch.data_ptr(), torch.cuda.current_stream().cuda_stream)

@@ -10,17 +10,17 @@ Plain tensors go straight to the backend's launcher. Three kinds of call do not:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastdensity._backend import launcher
-from fastdensity.boundary import carries_derivatives, check_out, describe
+from fastdensity.boundary import DERIVATIVE, OPERATOR, check_out, describe, route, wants_derivative
 from fastdensity.reference import rows as reference
 from fastdensity.reference.rows import NoiseKey, Operands, Parameter
 
-PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None), float)
+_is_compiling = torch.compiler.is_compiling
 
 
 def run(
@@ -30,22 +30,22 @@ def run(
     parameters: tuple[Parameter, ...],
     noise_key: NoiseKey | None,
     out: Tensor | None,
-    report: Tensor | bool | None,
+    report: Tensor | Literal[True] | None,
     like_name: str,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, report): the one entry of the family. `report` True allocates one, None skips it."""
     like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
     assert like is not None
-    everything = (*operands, *parameters)
+    everything = operands + parameters
     if out is not None:
         check_out(out, like, like_name, operands)
-    if isinstance(report, Tensor):
+    if report is not None and report is not True:
         _check_report(report, like, operands)
-    compiling = torch.compiler.is_compiling()
-    if compiling or any(type(item) not in PLAIN_TYPES for item in everything):
+    how = OPERATOR if _is_compiling() else route(everything)
+    if how == OPERATOR:
         results = _through_operator(rule, kind, operands, parameters, noise_key)
         return _deliver(*results, out, report)
-    if carries_derivatives(everything):
+    if how == DERIVATIVE:
         if out is not None or isinstance(report, Tensor):
             raise ValueError("out and report cannot be written where a derivative is asked; leave them away")
         flat = tuple(None if operand is None else operand.flatten(1) for operand in operands)
@@ -61,25 +61,30 @@ def _launch(
     parameters: tuple[Parameter, ...],
     noise_key: NoiseKey | None,
     out: Tensor | None,
-    report: Tensor | bool | None,
+    report: Tensor | Literal[True] | None,
     like: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    dense = tuple(None if operand is None else _dense_rows(operand) for operand in operands)
+    for operand in operands:
+        if operand is not None and (operand.is_neg() or not operand.is_contiguous()):
+            operands = _dense_rows(operands)
+            break
     if out is None:
-        out = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
     if report is True:
         report = torch.empty((like.shape[0], 4), dtype=reference.compute_dtype(operands), device=like.device)
-    numbers = report if isinstance(report, Tensor) else None
     if out.numel() == 0:
-        if numbers is not None:
-            numbers.zero_()
-        return out, numbers
-    launcher("rows", like.device.type)(rule, kind, dense, parameters, noise_key, out, numbers)
-    return out, numbers
+        return out, None if report is None else report.zero_()
+    launch = launcher("rows", "cpu" if like.is_cpu else like.device.type)
+    launch(rule, kind, operands, parameters, noise_key, out, report)
+    return out, report
 
 
-def _dense_rows(operand: Tensor) -> Tensor:
-    """The operand itself if each row lies densely in memory, whatever the stride between rows; else a copy."""
+def _dense_rows(operands: Operands) -> Operands:
+    """Operands whose rows each lie densely in memory, whatever the stride between rows; copies where needed."""
+    return tuple(None if operand is None else _dense(operand) for operand in operands)  # type: ignore[return-value]
+
+
+def _dense(operand: Tensor) -> Tensor:
     if operand.is_neg():
         operand = operand.resolve_neg()
     if operand.is_contiguous():
@@ -92,7 +97,9 @@ def _dense_rows(operand: Tensor) -> Tensor:
     return operand
 
 
-def _check_report(report: Tensor, like: Tensor, operands: Operands) -> None:
+def _check_report(report: Any, like: Tensor, operands: Operands) -> None:
+    if not isinstance(report, Tensor):
+        raise TypeError(f"report must be a torch.Tensor, got {describe(report)}")
     dtype = reference.compute_dtype(operands)
     if report.shape != (like.shape[0], 4) or report.dtype != dtype or report.device != like.device:
         raise ValueError(f"report must be {dtype} of shape ({like.shape[0]}, 4) on {like.device}, got {describe(report)}")
@@ -101,7 +108,7 @@ def _check_report(report: Tensor, like: Tensor, operands: Operands) -> None:
 
 
 def _deliver(
-    result: Tensor, numbers: Tensor, out: Tensor | None, report: Tensor | bool | None
+    result: Tensor, numbers: Tensor, out: Tensor | None, report: Tensor | Literal[True] | None
 ) -> tuple[Tensor, Tensor]:
     if isinstance(report, Tensor):
         numbers = report.copy_(numbers)
@@ -153,7 +160,7 @@ def _rows_fake(*call: Any) -> tuple[Tensor, Tensor]:
 def _rows_autograd(*call: Any) -> tuple[Tensor, Tensor]:
     """Where torch may want a derivative: the reference, in operations torch knows; else on to the kernel."""
     rule, kind, operands, parameters, noise_key, like = _unpack(call)
-    if not carries_derivatives((*operands, *parameters)):
+    if not wants_derivative(operands + parameters):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.fastdensity.rows(*call)  # type: ignore[no-any-return]
     flat = tuple(None if operand is None else operand.flatten(1) for operand in operands)

@@ -31,8 +31,10 @@ Operands = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 def compute_dtype(operands: Operands) -> torch.dtype:
     """float64 if any operand is float64, else float32."""
-    doubles = any(operand is not None and operand.dtype == torch.float64 for operand in operands)
-    return torch.float64 if doubles else torch.float32
+    for operand in operands:
+        if operand is not None and operand.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def rows(
