@@ -38,20 +38,19 @@ FASTDENSITY_HOST_DEVICE void philox(std::uint32_t word[4], std::uint64_t seed) {
   }
 }
 
-// log((word + 1/2) / 2^32), in float to 2 ulp: for word >= 2^31 from 1 - u, which is the small exact number.
+// log((word + 1/2) / 2^32): the mantissa minus 1 is rounded once, so that digits are kept next to u = 1 too.
 FASTDENSITY_HOST_DEVICE float log_uniform(std::uint32_t word) {
-  const bool upper = word >= 0x80000000u;
-  // u = m 2^e with m in [sqrt(1/2), sqrt(2)); in the upper half m - 1 = -(1 - u) when that is above sqrt(1/2) - 1
-  const float rest = (static_cast<float>(static_cast<std::int32_t>(~word & 0x7FFFFFFFu)) + 0.5f) * 2.3283064365386963e-10f;
-  const float lower_u = (static_cast<float>(static_cast<std::int32_t>(word & 0x7FFFFFFFu)) + 0.5f) * 2.3283064365386963e-10f;
-  const float u = upper ? 1.0f - rest : lower_u;
+  // word + 1/2 = high + low, both exact; signed conversions of parts below 2^31 are what vector units have
+  const float high = static_cast<float>(static_cast<std::int32_t>(word >> 8)) * 256.0f;
+  const float low = static_cast<float>(static_cast<std::int32_t>(word & 0xFFu)) + 0.5f;
+  const float sum = high + low;
   std::int32_t bits;
-  std::memcpy(&bits, &u, 4);
-  std::int32_t exponent = ((bits - 0x3F3504F3) >> 23);  // 0x3F3504F3 = sqrt(1/2)
-  const std::int32_t mantissa_bits = bits - (exponent << 23);
-  float mantissa;
-  std::memcpy(&mantissa, &mantissa_bits, 4);
-  const float y = upper && exponent == 0 ? -rest : mantissa - 1.0f;
+  std::memcpy(&bits, &sum, 4);
+  const std::int32_t exponent = (bits - 0x3F3504F3) >> 23;  // the mantissa lies in [sqrt(1/2), sqrt(2))
+  const std::int32_t scale_bits = (127 - exponent) << 23;
+  float scale;
+  std::memcpy(&scale, &scale_bits, 4);
+  const float y = (high * scale - 1.0f) + low * scale;
   // log(1 + y) = y - y^2/2 + y^3 P(y): minimax of Cephes' logf
   float poly = 7.0376836292e-2f;
   poly = poly * y - 1.1514610310e-1f;
@@ -63,12 +62,10 @@ FASTDENSITY_HOST_DEVICE float log_uniform(std::uint32_t word) {
   poly = poly * y - 2.4999993993e-1f;
   poly = poly * y + 3.3333331174e-1f;
   const float square = y * y;
-  const float e = static_cast<float>(exponent);
-  float value = poly * y * square;
-  value += e * -2.12194440e-4f;
-  value -= 0.5f * square;
-  value += y;
-  return value + e * 0.693359375f;
+  const float octaves = static_cast<float>(exponent - 32);
+  // log 2 = 0.693359375 - 2.12194440e-4; the first part times an exponent is exact
+  const float value = (poly * y * square + octaves * -2.12194440e-4f) - 0.5f * square;
+  return (value + y) + octaves * 0.693359375f;
 }
 
 // Two normals of two words: the turn is (angle + 1/2) / 2^32, reduced to an eighth of a turn on integers.
@@ -77,16 +74,14 @@ FASTDENSITY_HOST_DEVICE void box_muller(std::uint32_t radius_word, std::uint32_t
   const float radius = sqrtf(-2.0f * log_uniform(radius_word));
   const std::uint32_t quarter = ((angle_word >> 29) + 1u) >> 1;
   const std::int32_t offset = static_cast<std::int32_t>(angle_word - (quarter << 30));
-  const float angle = (static_cast<float>(offset) + 0.5f) * 1.4629180792671596e-9f;  // pi 2^-31
+  // high has 22 bits and pi = 3 + 0.14...: high times 3 is exact, the angle is rounded once
+  const float high = static_cast<float>(offset & -256), low = static_cast<float>(offset & 255) + 0.5f;
+  const float angle = high * 1.3969838619232178e-9f + (high * 6.593421734394185e-11f + low * 1.4629180792671596e-9f);
   const float square = angle * angle;
-  float sine = -1.9515295891e-4f;
-  sine = sine * square + 8.3321608736e-3f;
-  sine = sine * square - 1.6666654611e-1f;
-  sine = sine * square * angle + angle;
-  float cosine = 2.443315711809948e-5f;
-  cosine = cosine * square - 1.388731625493765e-3f;
-  cosine = cosine * square + 4.166664568298827e-2f;
-  cosine = cosine * square * square - 0.5f * square + 1.0f;
+  const float sine = angle + angle * (square * ((-1.9515295891e-4f * square + 8.3321608736e-3f) * square -
+                                                1.6666654611e-1f));
+  float cosine = (2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f;
+  cosine = (cosine * square * square - 0.5f * square) + 1.0f;
   const bool swap = quarter & 1u, negative = quarter & 2u;
   const float c = swap ? -sine : cosine, s = swap ? cosine : sine;
   const float signed_radius = negative ? -radius : radius;

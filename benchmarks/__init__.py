@@ -1,0 +1,1 @@
+"""Measurements behind the claims in docs/performance.md: `python -m benchmarks.run`."""
