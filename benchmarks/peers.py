@@ -22,9 +22,7 @@ def guided_drift_tuned(
     return target.add_(u, alpha=dt)
 
 
-def guided_drift_into(
-    x: Tensor, u: Tensor, score: Tensor, div: Tensor, b: float, dt: float, out: Tensor
-) -> Tensor:
+def guided_drift_into(x: Tensor, u: Tensor, score: Tensor, div: Tensor, b: float, dt: float, out: Tensor) -> Tensor:
     """For torch.compile with a given output: inductor fuses the copy into its second kernel."""
     return out.copy_(guided_drift_eager(x, u, score, div, b, dt))
 

@@ -78,7 +78,7 @@ def _load(op: str, backend: str) -> Launcher:
         "triton": f"fastdensity.triton_kernels.{op}",
         "torch": f"fastdensity.reference.{op}",
     }[backend]
-    return getattr(importlib.import_module(module), f"launch_{backend}")  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), f"launch_{backend}")
 
 
 def native() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +21,9 @@ def _filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def new_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def new_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _filled(getattr(torch, name)))
-    yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from rows_cases import Problem, all_problems, assert_as_good_as_eager, random_pr
 import fastdensity as fd
 from fastdensity import rules
 from fastdensity._backend import use
-from fastdensity.ops.rows import chi_quantile
 from fastdensity.ops.rows_operator import _launch
+from fastdensity.ops.rows_prior import chi_quantile
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,61 +1,22 @@
-"""Guided drift, guided prediction, guided step, prior rescaling: one pass over the rows of a batch each.
+"""Guided drift, guided prediction, guided step: one pass over the rows of a batch each.
 
-All four are the same kernel family (docs/architecture.md, "Rows"): the Gram matrix of a few row vectors, a few
-numbers per row from it, a linear combination. Formulas: Karczewski, Heinonen and Garg, "Devil is in the Details"
-(ICML 2025, arXiv 2502.05807), written [DG] below.
+With `rows_prior.scale_prior` they are one kernel family (docs/architecture.md, "Rows"): the Gram matrix of a few
+row vectors, a few numbers per row from it, a linear combination. Formulas: Karczewski, Heinonen and Garg, "Devil is
+in the Details" (ICML 2025, arXiv 2502.05807), written [DG] below.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdensity import rules
 from fastdensity.boundary import check_integer, check_like, check_number, check_sample_ids, check_state
 from fastdensity.ops.rows_operator import run
+from fastdensity.ops.rows_result import StepResult
 from fastdensity.reference.rows import NoiseKey, Parameter
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """A guided step: the new sample, and what happened in each row.
-
-    Attributes:
-        sample: (B, *), the dtype of the state.
-        report: (B, 4), one row of numbers per sample, columns as in `fastdensity.rules.REPORT_COLUMNS`.
-    """
-
-    sample: Tensor
-    report: Tensor
-
-    @property
-    def eta(self) -> Tensor:
-        """(B,) the factor on the predicted noise; 1 on rows left unguided."""
-        return 1.0 + self.report[:, 0]
-
-    @property
-    def eta_minus_one(self) -> Tensor:
-        """(B,) eta - 1, which keeps its digits where eta itself rounds to 1 (large D, low precision)."""
-        return self.report[:, 0]
-
-    @property
-    def sq_norm(self) -> Tensor:
-        """(B,) ||eps||^2 of the predicted noise."""
-        return self.report[:, 1]
-
-    @property
-    def dlogp(self) -> Tensor:
-        """(B,) nats that guidance adds to log p over the step, to first order: (eta - 1) ||eps||^2 d ln(alpha/sigma)."""
-        return self.report[:, 2]
-
-    @property
-    def flags(self) -> Tensor:
-        """(B,) bits of `fastdensity.rules.FLAG_*`; 0 where the row was guided as asked."""
-        return self.report[:, 3].to(torch.int64)
 
 
 def guided_drift(
@@ -96,65 +57,11 @@ def guided_drift(
     return run("drift", "epsilon", operands, parameters, None, out, report, name)[0]
 
 
-def scale_prior(
-    latents: Tensor,
-    quantile: float | Tensor | None = None,
-    sigma: float | Tensor = 1.0,
-    *,
-    radius: float | Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Prior guidance: rescale each latent to a radius; a larger radius is a less likely latent, with more detail.
-
-    [DG] section 5. With `radius` the row's norm becomes that; otherwise sigma times the `quantile` (default 0.5)
-    of the chi distribution with D degrees of freedom, the law of ||latent|| under N(0, sigma^2 I).
-
-    Args:
-        latents: (B, *). quantile: in (0, 1), a number or (B,). sigma: standard deviation of the prior, >= 0.
-        radius: >= 0, a number or (B,), in the units of the latents. out: written if given; may be `latents`.
-
-    Returns:
-        (B, *) in the latents' dtype. A zero row stays zero.
-
-    Raises:
-        ValueError: both or neither sensible: `radius` together with `quantile`, quantile outside (0, 1), sigma < 0.
-    """
-    check_state("latents", latents)
-    if radius is not None:
-        if quantile is not None:
-            raise ValueError("give either quantile or radius to scale_prior, not both")
-        wanted: Parameter = check_number("radius", radius, latents, 0.0)
-    else:
-        probability = check_number("quantile", 0.5 if quantile is None else quantile, latents, 0.0, 1.0, True)
-        scale = check_number("sigma", sigma, latents, 0.0)
-        columns = latents.numel() // max(latents.shape[0], 1)
-        wanted = scale * chi_quantile(probability, columns) if columns else 0.0
-    return run("radius", "epsilon", (latents, None, None, None), (wanted,), None, out, None, "latents")[0]
-
-
-def chi_quantile(probability: Parameter, degrees: int) -> Parameter:
-    """Quantile of the chi distribution, by Newton's method on the regularised incomplete gamma function.
-
-    Starts at Wilson and Hilferty's (1931) cube-root normal approximation; float64 throughout.
-    """
-    is_tensor = isinstance(probability, Tensor)
-    p = torch.as_tensor(probability, dtype=torch.float64)
-    shape = torch.full_like(p, degrees / 2)
-    spread = 2.0 / (9.0 * degrees)
-    half = (degrees / 2) * (1.0 - spread + torch.special.ndtri(p) * math.sqrt(spread)).clamp(min=1e-2) ** 3
-    for _ in range(40):
-        log_density = (shape - 1.0) * half.log() - half - torch.lgamma(shape)
-        change = (torch.special.gammainc(shape, half) - p) * torch.exp(-log_density)
-        half = torch.clamp(half - change, half / 4, half * 4)
-    result = (2.0 * half).sqrt()
-    return result if is_tensor else float(result)
-
-
 def _prediction_type(name: Any) -> str:
     known = rules.PREDICTION_TYPE_ALIASES.get(name, name) if isinstance(name, str) else name
     if known not in rules.PREDICTION_TYPES:
         raise ValueError(f"prediction_type must be one of {', '.join(rules.PREDICTION_TYPES)}, got {name!r}")
-    return known  # type: ignore[no-any-return]
+    return known
 
 
 def _check_cfg(uncond: Tensor | None, cfg_scale: float | Tensor, sample: Tensor) -> Parameter:

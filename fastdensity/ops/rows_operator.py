@@ -102,7 +102,9 @@ def _check_report(report: Any, like: Tensor, operands: Operands) -> None:
         raise TypeError(f"report must be a torch.Tensor, got {describe(report)}")
     dtype = reference.compute_dtype(operands)
     if report.shape != (like.shape[0], 4) or report.dtype != dtype or report.device != like.device:
-        raise ValueError(f"report must be {dtype} of shape ({like.shape[0]}, 4) on {like.device}, got {describe(report)}")
+        raise ValueError(
+            f"report must be {dtype} of shape ({like.shape[0]}, 4) on {like.device}, got {describe(report)}"
+        )
     if not report.is_contiguous() or report.requires_grad:
         raise ValueError("report must be contiguous and must not require grad")
 
@@ -121,9 +123,7 @@ def _through_operator(
     tensors = [parameter if isinstance(parameter, Tensor) else None for parameter in parameters]
     values = [0.0 if isinstance(parameter, Tensor) else parameter for parameter in parameters]
     seed, sample_ids, step = (0, None, 0) if noise_key is None else noise_key
-    return torch.ops.fastdensity.rows(  # type: ignore[no-any-return]
-        rule, kind, list(operands), tensors, values, sample_ids, seed, step
-    )
+    return torch.ops.fastdensity.rows(rule, kind, list(operands), tensors, values, sample_ids, seed, step)
 
 
 _library = torch.library.Library("fastdensity", "DEF")
@@ -136,17 +136,15 @@ _library.define(
 
 def _unpack(call: tuple[Any, ...]) -> tuple[str, str, Operands, tuple[Parameter, ...], NoiseKey | None, Tensor]:
     rule, kind, operands, tensors, values, sample_ids, seed, step = call
-    parameters = tuple(
-        value if tensor is None else tensor for tensor, value in zip(tensors, values, strict=True)
-    )
+    parameters = tuple(value if tensor is None else tensor for tensor, value in zip(tensors, values, strict=True))
     noise_key = None if sample_ids is None else (seed, sample_ids, step)
     like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
-    return rule, kind, tuple(operands), parameters, noise_key, like  # type: ignore[return-value]
+    return rule, kind, tuple(operands), parameters, noise_key, like
 
 
 def _rows_kernel(*call: Any) -> tuple[Tensor, Tensor]:
-    *arguments, like = _unpack(call)
-    result, report = _launch(*arguments, None, True, like)
+    rule, kind, operands, parameters, noise_key, like = _unpack(call)
+    result, report = _launch(rule, kind, operands, parameters, noise_key, None, True, like)
     assert report is not None
     return result, report
 
@@ -162,7 +160,7 @@ def _rows_autograd(*call: Any) -> tuple[Tensor, Tensor]:
     rule, kind, operands, parameters, noise_key, like = _unpack(call)
     if not wants_derivative(operands + parameters):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastdensity.rows(*call)  # type: ignore[no-any-return]
+            return torch.ops.fastdensity.rows(*call)
     flat = tuple(None if operand is None else operand.flatten(1) for operand in operands)
     result, numbers = reference.rows(rule, kind, flat, parameters, noise_key)  # type: ignore[arg-type]
     return result.reshape(like.shape), numbers
