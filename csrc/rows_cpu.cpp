@@ -39,7 +39,7 @@ class RowKernel {
     Scratch scratch;
     const Real* direction = direction_of(plan, row, begin, size, scratch);
     Sums result;
-    result.norm = simd::dot(direction, direction, size);
+    result.norm = simd::sum_of_squares(direction, size);
     if (plan.noise != 0.0) result.overlap = simd::dot(direction, noise_of(row, begin, size, scratch), size);
     return result;
   }

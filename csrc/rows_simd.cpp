@@ -92,17 +92,39 @@ INLINE void store_body(const Real* source, void* target, int dtype, std::int64_t
   }
 }
 
+constexpr int kLanes = 64;
+
+// A tree: sixteen short chains side by side, not one of 64 dependent additions.
+template <typename Real>
+INLINE double sum_of_lanes(const Real* lanes) {
+  double sums[16];
+  for (int lane = 0; lane < 16; ++lane)
+    sums[lane] = (static_cast<double>(lanes[lane]) + static_cast<double>(lanes[lane + 16])) +
+                 (static_cast<double>(lanes[lane + 32]) + static_cast<double>(lanes[lane + 48]));
+  for (int width = 8; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+  return sums[0];
+}
+
 template <typename Real>
 INLINE double dot_body(const Real* left, const Real* right, std::int64_t count) {
-  constexpr int kLanes = 64;
   Real lanes[kLanes] = {};
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += left[i + lane] * right[i + lane];
   for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += left[i] * right[i];
-  double total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += static_cast<double>(lanes[lane]);
-  return total;
+  return sum_of_lanes(lanes);
+}
+
+// Not dot(values, values): the compiler cannot know that both pointers are one, and would load twice.
+template <typename Real>
+INLINE double sum_of_squares_body(const Real* values, std::int64_t count) {
+  Real lanes[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane] * values[i + lane];
+  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += values[i] * values[i];
+  return sum_of_lanes(lanes);
 }
 
 template <typename Real>
@@ -160,6 +182,7 @@ INLINE void noise_body(std::uint64_t seed, std::uint32_t id, std::uint32_t step,
     store_body(source, target, dtype, offset, count);                                                           \
   }                                                                                                             \
   CLONES double dot(const Real* left, const Real* right, std::int64_t count) { return dot_body(left, right, count); } \
+  CLONES double sum_of_squares(const Real* values, std::int64_t count) { return sum_of_squares_body(values, count); }  \
   CLONES void combine(const Terms<Real>& terms, std::int64_t count, Real* out) { combine_body(terms, count, out); }   \
   CLONES void classifier_free(const Real* uncond, const Real* cond, Real scale, std::int64_t count, Real* out) { \
     classifier_free_body(uncond, cond, scale, count, out);                                                      \

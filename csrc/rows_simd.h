@@ -20,6 +20,10 @@ void store(const double* source, void* target, int dtype, std::int64_t offset, s
 double dot(const float* left, const float* right, std::int64_t count);
 double dot(const double* left, const double* right, std::int64_t count);
 
+// sum of values[i]^2
+double sum_of_squares(const float* values, std::int64_t count);
+double sum_of_squares(const double* values, std::int64_t count);
+
 // out = sum of weights[t] * vectors[t], for 1 to 4 terms; `out` may be one of the vectors
 template <typename Real>
 struct Terms {
