@@ -1,0 +1,37 @@
+"""fastdensity: density-guided sampling of flow and diffusion models, exact and fast.
+
+The names below are the whole public interface; README.md opens with an example, docs/architecture.md draws the
+house. Formulas: Karczewski, Heinonen and Garg, "Devil is in the Details" (ICML 2025, arXiv 2502.05807).
+"""
+
+from fastdensity.flow import Flow
+from fastdensity.guidance import DensityGuidance, HighDensity, StochasticDensityGuidance
+from fastdensity.mixture import GaussianMixture
+from fastdensity.ops.rows import guide_prediction, guided_drift, guided_step
+from fastdensity.ops.rows_prior import scale_prior
+from fastdensity.ops.rows_result import StepResult
+from fastdensity.sampling import LogProbResult, SampleResult, log_prob, sample
+from fastdensity.schedules import EDM, VE, VP, RectifiedFlow
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "DensityGuidance",
+    "Flow",
+    "GaussianMixture",
+    "HighDensity",
+    "LogProbResult",
+    "RectifiedFlow",
+    "SampleResult",
+    "StepResult",
+    "StochasticDensityGuidance",
+    "guide_prediction",
+    "guided_drift",
+    "guided_step",
+    "log_prob",
+    "sample",
+    "scale_prior",
+]

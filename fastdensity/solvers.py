@@ -1,0 +1,95 @@
+"""The samplers of `fastdensity.sample`, one function each, named after its algorithm.
+
+All take a `Trajectory`, whose grid of log-SNR lam may run either way, and the state x (B, *) at its first entry; they
+return the state at its last. kappa = sigma / alpha below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastdensity.conversions import to_sample
+from fastdensity.trajectory import Trajectory
+
+Solver = Callable[[Trajectory, Tensor], Tensor]
+
+
+def euler(run: Trajectory, x: Tensor) -> Tensor:
+    """Euler's method in lam for the drift: first order. log p by the left-hand rule."""
+    for step in run.steps():
+        point = run.evaluate(x, step.lam, step)
+        # x + h u = stretch x - h (sigma / 2) eps is the step of a path that goes on to these two
+        stretch = 1.0 + step.size * point.dlog_alpha
+        x = run.advance(point, step, stretch * point.alpha, (stretch - step.size / 2) * point.sigma)
+        run.finish(step, x)
+    return x
+
+
+def ddim(run: Trajectory, x: Tensor) -> Tensor:
+    """DDIM (Song et al. 2021), Euler's method in kappa for x / alpha: first order. log p by the left-hand rule."""
+    for step in run.steps():
+        point = run.evaluate(x, step.lam, step)
+        x = run.advance(point, step, *run.path(step.lam_next))
+        run.finish(step, x)
+    return x
+
+
+def heun(run: Trajectory, x: Tensor) -> Tensor:
+    """Heun's method in kappa for x / alpha (Karras et al. 2022, algorithm 1): second order, two evaluations a step.
+
+    log p by the trapezoid rule over the two.
+    """
+    for step in run.steps():
+        first = run.evaluate(x, step.lam, step)
+        alpha_next, _ = run.path(step.lam_next)
+        ratio = alpha_next / first.alpha
+        along_eps = ratio * first.sigma * math.expm1(-step.size / 2)  # alpha' (kappa' - kappa)
+        eps = run.guided_epsilon(first, step.size / 2)
+        second = run.evaluate(ratio * x + along_eps * eps, step.lam_next, step)
+        eps_next = run.guided_epsilon(second, step.size / 2)
+        x = ratio * x + (along_eps / 2) * (eps + eps_next)
+        run.finish(step, x)
+    return x
+
+
+def dpmpp_2m(run: Trajectory, x: Tensor) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step, the first step DDIM's.
+
+    log p by the two-step Adams-Bashforth rule over the same evaluations.
+    """
+    problem = run.problem
+    before: Tensor | None = None
+    for step in run.steps():
+        point = run.evaluate(x, step.lam, step)
+        guided = run.guided_prediction(point, _adams_bashforth_weight(run.grid, step.index))
+        data = to_sample(guided, x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+        alpha_next, sigma_next = run.path(step.lam_next)
+        extrapolated = data
+        if before is not None:
+            extrapolated = data + (step.size / (step.lam - run.grid[step.index - 1]) / 2) * (data - before)
+        x = (sigma_next / point.sigma) * x - (alpha_next * math.expm1(-step.size / 2)) * extrapolated
+        before = data
+        run.finish(step, x)
+    return x
+
+
+def _adams_bashforth_weight(grid: list[float], index: int) -> float:
+    """What the rate at grid[index] counts in the whole sum: 1 + r/2 in its own step, -r/2 in the next one.
+
+    Summed here, not step by step, as the variance of an estimated rate has to be weighed by the square of the whole.
+    """
+    size = grid[index + 1] - grid[index]
+    weight = size
+    if index > 0:
+        weight += size * size / (2.0 * (grid[index] - grid[index - 1]))
+    if index + 2 < len(grid):
+        after = grid[index + 2] - grid[index + 1]
+        weight -= after * after / (2.0 * size)
+    return weight
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler, "ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}
+STOCHASTIC_SOLVERS = ("euler", "ddim")

@@ -1,0 +1,189 @@
+"""One run of a sampler: what every solver does at a state, and the account it keeps of log p, flags and evaluations.
+
+A solver (`fastdensity.solvers`) decides where the network is evaluated and how its predictions are combined; it
+weighs the rate of log p at its evaluations by a quadrature of its own order in lam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdensity import rules
+from fastdensity.conversions import to_epsilon
+from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
+from fastdensity.guidance import Guidance
+from fastdensity.ops.rows import guide_prediction, guided_step
+from fastdensity.reference.philox import normals
+from fastdensity.sums import row_dot, row_sum
+
+Callback = Callable[[int, float, Tensor], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """From lam to lam_next, the index-th of the run; size is negative when encoding."""
+
+    index: int
+    lam: float
+    lam_next: float
+
+    @property
+    def size(self) -> float:
+        """lam_next - lam."""
+        return self.lam_next - self.lam
+
+
+class Trajectory:
+    """A run's bookkeeping; the state x itself is carried by the solver.
+
+    Attributes:
+        log_change: (B,) float64, what log p gained so far, in nats; log_variance: (B,) of its estimate.
+        flags: (B,) bits of `fastdensity.rules.FLAG_*` seen. evaluations: of the network.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        grid: list[float],
+        guidance: Guidance | None = None,
+        noise: Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> None:
+        """`grid` is walked from its first to its last entry; `noise` (N, B, *), or None to make it in the kernel."""
+        ids = problem.sample_ids
+        self.problem, self.grid, self.guidance, self.noise, self.callback = problem, grid, guidance, noise, callback
+        self.schedule = problem.flow.schedule
+        self.flags = torch.zeros_like(ids)
+        self.log_change = torch.zeros_like(ids, dtype=torch.float64)
+        self.log_variance = torch.zeros_like(self.log_change)
+        self.evaluations = 0
+
+    def steps(self) -> Iterator[Step]:
+        """The steps of the grid, in order."""
+        for index, (lam, lam_next) in enumerate(pairwise(self.grid)):
+            yield Step(index, lam, lam_next)
+
+    def path(self, lam: float) -> tuple[float, float]:
+        """(alpha, sigma) at lam."""
+        return float(self.schedule.alpha(lam)), float(self.schedule.sigma(lam))
+
+    def evaluate(self, x: Tensor, lam: float, step: Step) -> Evaluation:
+        """The network at (x, lam), and the push that the guidance wants there; the step's begin decides if it acts."""
+        point = Evaluation(self.problem, x, lam, self.evaluations)
+        self.evaluations += 1
+        if self.guidance is not None and self.guidance.active(step.lam):
+            point.push = self.guidance.push(point, step.lam)
+        return point
+
+    def advance(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
+        """The guided step to alpha_next x0 + sigma_next eps in one pass; log p by the left-hand rule."""
+        if not (alpha_next > 0 and sigma_next > 0):
+            return self._overshoot(point, step, alpha_next, sigma_next)
+        problem, push = self.problem, point.push
+        scale = self._noise_scale(point, step)
+        noisy = isinstance(scale, Tensor) or scale != 0
+        result = guided_step(
+            point.x,
+            point.prediction,
+            alpha=point.alpha,
+            sigma=point.sigma,
+            alpha_next=alpha_next,
+            sigma_next=sigma_next,
+            q=push.q,
+            shift=push.shift,
+            gain=push.gain,
+            prediction_type=problem.kind,
+            sigma_data=problem.sigma_data,
+            noise=self.noise[step.index] if noisy and self.noise is not None else None,
+            noise_scale=scale,
+            seed=problem.seed if noisy and self.noise is None else None,
+            sample_ids=problem.sample_ids,
+            step=step.index,
+        )
+        self._record(point, step.size, result.report)
+        return result.sample
+
+    def guided_prediction(self, point: Evaluation, weight: float) -> Tensor:
+        """The prediction whose noise is eta eps (B, *), in x's dtype; log p gains weight times its rate here.
+
+        In x's dtype because eta - 1 is lost where a half precision prediction would be rounded again.
+        """
+        problem, push, x = self.problem, point.push, point.x
+        prediction = point.prediction.to(x.dtype)
+        report = torch.empty(x.shape[0], len(rules.REPORT_COLUMNS), dtype=x.dtype, device=x.device)
+        guided = guide_prediction(
+            prediction,
+            x,
+            alpha=point.alpha,
+            sigma=point.sigma,
+            q=push.q,
+            shift=push.shift,
+            gain=push.gain,
+            prediction_type=problem.kind,
+            sigma_data=problem.sigma_data,
+            report=report,
+        )
+        self._record(point, weight, report)
+        return guided
+
+    def guided_epsilon(self, point: Evaluation, weight: float) -> Tensor:
+        """eta eps (B, *); log p gains weight times its rate here."""
+        problem, guided = self.problem, self.guided_prediction(point, weight)
+        return to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+
+    def finish(self, step: Step, x: Tensor) -> None:
+        """After each step: tells the callback."""
+        if self.callback is not None:
+            self.callback(step.index, step.lam_next, x)
+
+    def _noise_scale(self, point: Evaluation, step: Step) -> float | Tensor:
+        """phi sqrt(dlam), the standard deviation of the step's noise."""
+        relative = point.push.relative_noise
+        if not isinstance(relative, Tensor) and relative == 0:
+            return 0.0
+        return relative * (point.sigma * math.sqrt(step.size))
+
+    def _overshoot(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
+        """The same step where Euler's is so long that alpha or sigma would end below 0, which no kernel takes."""
+        x, eps = point.x, self.guided_epsilon(point, step.size)
+        along_eps = sigma_next - alpha_next * (point.sigma / point.alpha)
+        moved = (alpha_next / point.alpha) * x + along_eps * eps
+        scale = self._noise_scale(point, step)
+        if not isinstance(scale, Tensor) and scale == 0:
+            return moved
+        problem, eps = self.problem, point.epsilon()
+        if self.noise is not None:
+            noise = self.noise[step.index].to(x.dtype)
+        else:
+            noise = (
+                normals(problem.seed, problem.sample_ids, step.index, problem.dimension).to(x.dtype).reshape(x.shape)
+            )
+        sq_norm = row_dot(eps, eps)
+        along = torch.where(sq_norm > 0, row_dot(eps, noise) / sq_norm, 0.0)
+        along, scale = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(x.shape[0]) for v in (along, scale))
+        shape = (-1, *[1] * (x.dim() - 1))
+        return moved + scale.reshape(shape) * (noise - along.reshape(shape) * eps)
+
+    def _record(self, point: Evaluation, weight: float, report: Tensor) -> None:
+        eta_minus_one, sq_norm, _, flags = report.unbind(dim=1)
+        # a row without a score is no finding in a step that nobody asked to guide
+        seen = flags.to(torch.int64)
+        self.flags |= seen & rules.FLAG_NON_FINITE if point.push is UNGUIDED else seen
+        if self.problem.tracks:
+            rate, std_err = point.log_density_rate(eta_minus_one, sq_norm)
+            self.log_change += weight * rate
+            self.log_variance += (weight * std_err) ** 2
+
+
+def log_normal_density(x: Tensor, sigma: float) -> Tensor:
+    """log N(x; 0, sigma^2 I) of each row, (B,) in nats, float64."""
+    columns = x.shape[1:].numel()
+    squares = row_sum((x.double() / sigma) ** 2)
+    return -0.5 * (squares + columns * math.log(2.0 * math.pi)) - columns * math.log(sigma)
