@@ -1,0 +1,252 @@
+"""The command line: `fastdensity sample` guides the embedded digits, `fastdensity info` says what works here."""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import numpy
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import fastdensity as fd
+from fastdensity import _backend, digits, experiment
+from fastdensity.experiment import Finished
+from fastdensity.solvers import SOLVERS
+
+SCHEDULES: dict[str, type[fd.VP | fd.VE | fd.RectifiedFlow]] = {
+    "vp": fd.VP,
+    "ve": fd.VE,
+    "rectified-flow": fd.RectifiedFlow,
+}
+INTERRUPTED, BAD_INPUT = 130, 2
+MOST_SAMPLES, MOST_STEPS = 65_536, 100_000
+
+app = typer.Typer(
+    help="Density-guided sampling of flow and diffusion models.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def sample(
+    n: Annotated[int, typer.Option("--n", help="Samples at each q; all q start from the same latents.")] = 16,
+    q: Annotated[
+        list[str], typer.Option("--q", help="Quantiles in (0, 1), comma separated or repeated; 0.5 is unguided.")
+    ] = ["0.3,0.4,0.5,0.6,0.7"],  # noqa: B006  (typer reads the default, nobody writes to it)
+    solver: Annotated[str, typer.Option(help=f"One of {', '.join(SOLVERS)}.")] = "dpmpp_2m",
+    steps: Annotated[int, typer.Option(help="Steps from noise to data.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of the latents; sample i of a seed is the same for every n.")] = 0,
+    schedule: Annotated[str, typer.Option(help=f"The path to sample along: {', '.join(SCHEDULES)}.")] = "vp",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of examples/train_digits.py instead of the embedded ones.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX.")] = "cpu",
+    backend: Annotated[str, typer.Option(help=f"Of the kernels: auto, {', '.join(_backend.BACKENDS)}.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for what is written; made if it is not there.")] = Path(
+        "fastdensity-samples"
+    ),
+) -> None:
+    """Draw digits from the same latents at several q, with their exact log density and detail.
+
+    The network was trained on the VP path. Any Gaussian path carries the same problem at equal log-SNR, so the others
+    rescale x to VP's before the network sees it. Latents are moved to the median radius first. log p is tracked along
+    the guided trajectory with the exact divergence. Ctrl-C keeps every q that was finished.
+    """
+    try:
+        quantiles = _parse_quantiles(q)
+        _check_choices(n, steps, seed, solver, schedule)
+        target = _parse_device(device)
+        _check_backend(backend, target)
+        flow = _load_flow(checkpoint, target, schedule)
+        _prepare_folder(out)
+    except ValueError as error:
+        _fail(str(error))
+    finished: list[Finished] = []
+    interrupted = False
+    try:
+        with _backend.use(backend):
+            latents = experiment.make_latents(n, seed, float(flow.schedule.sigma(digits.LAM_NOISE)), target)
+            _sample_all(flow, latents, quantiles, solver, steps, out, finished)
+    except KeyboardInterrupt:
+        interrupted = True
+    except OSError as error:
+        _fail(f"--out {out}: writing failed after {len(finished)} q, {error}")
+    settings = {
+        "n": n, "q": quantiles, "solver": solver, "steps": steps, "seed": seed, "schedule": schedule,
+        "checkpoint": None if checkpoint is None else str(checkpoint), "device": device, "backend": backend,
+    }  # fmt: skip
+    if finished:
+        experiment.write_merged(
+            out, finished, {"interrupted": interrupted, "settings": settings, "versions": _versions()}
+        )
+        _print_table(finished, out)
+    if interrupted:
+        typer.echo(f"interrupted: {len(finished)} of {len(quantiles)} q finished and kept in {out}", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def info() -> None:
+    """Print versions, the CPU, and which backends work here and why the others do not."""
+    console = Console()
+    versions = Table(title="versions", title_justify="left", show_header=False)
+    for name, value in _versions().items():
+        versions.add_row(name, value)
+    backends = Table(title="backends", title_justify="left")
+    for column in ("backend", "works", "why"):
+        backends.add_column(column, overflow="fold")
+    for name, (works, reason) in _backend.report().items():
+        backends.add_row(name, "yes" if works else "no", reason)
+    console.print(versions)
+    console.print(backends)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; an error that typer finds becomes one line too."""
+    try:
+        code = app(args=arguments, prog_name="fastdensity", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of typer's usage errors, whichever library it takes them from
+            raise
+        message = error.format_message()
+        if message:
+            typer.echo(f"fastdensity: error: {message}", err=True)
+        return int(getattr(error, "exit_code", BAD_INPUT))
+
+
+def _sample_all(
+    flow: fd.Flow,
+    latents: torch.Tensor,
+    quantiles: list[float],
+    solver: str,
+    steps: int,
+    folder: Path,
+    finished: list[Finished],
+) -> None:
+    """Fills `finished` q by q, each kept in the folder as soon as it is done."""
+    grid = torch.linspace(digits.LAM_NOISE, digits.LAM_DATA, steps + 1, dtype=torch.float64)
+    columns = (TextColumn("q = {task.fields[q]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    total = len(quantiles) * steps * math.ceil(latents.shape[0] / experiment.BLOCK)
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("", total=total, q=quantiles[0])
+        for q in quantiles:
+            progress.update(bar, q=q)
+            result = experiment.sample_digits(flow, latents, q, solver, grid, lambda *_: progress.advance(bar))
+            experiment.keep(folder, finished, result)
+
+
+def _print_table(finished: list[Finished], folder: Path) -> None:
+    rows = [result.summary() for result in finished]
+    table = Table("q", "mean log p (nats)", "detail (PNG bytes)", "samples / s")
+    for column in table.columns:
+        column.justify = "right"
+    for row in rows:
+        means = ("diverged" if row[key] is None else f"{row[key]:.2f}" for key in ("mean_log_prob", "mean_detail"))
+        table.add_row(str(row["q"]), *means, f"{row['samples_per_second']:.1f}")
+    Console().print(table)
+    for row in rows:
+        if row["flagged"]:
+            typer.echo(f"q = {row['q']}: {row['flagged']} samples were not guided as asked; see flags in the npz")
+    typer.echo(f"written to {folder}: samples.png density.png samples.npz summary.json and an npz for each q")
+
+
+def _parse_quantiles(texts: list[str]) -> list[float]:
+    quantiles = []
+    for text in ",".join(texts).split(","):
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"--q must be numbers in (0, 1), comma separated, got {text.strip()!r}") from None
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"--q must be in (0, 1), got {text.strip()}")
+        if value in quantiles:
+            raise ValueError(f"--q must give each value once, got {text.strip()} twice")
+        quantiles.append(value)
+    return sorted(quantiles)
+
+
+def _check_choices(n: int, steps: int, seed: int, solver: str, schedule: str) -> None:
+    limits = (("--n", n, 1, MOST_SAMPLES), ("--steps", steps, 1, MOST_STEPS), ("--seed", seed, 0, 2**63 - 1))
+    for name, value, lowest, highest in limits:
+        if not lowest <= value <= highest:
+            raise ValueError(f"{name} must be in [{lowest}, {highest}], got {value}")
+    for name, choice, known in (("--solver", solver, SOLVERS), ("--schedule", schedule, SCHEDULES)):
+        if choice not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {choice!r}")
+
+
+def _parse_device(device: str) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:INDEX, got {device!r}") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:INDEX, got {device!r}")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
+    return parsed
+
+
+def _check_backend(backend: str, device: torch.device) -> None:
+    if backend not in ("auto", *_backend.BACKENDS):
+        raise ValueError(f"--backend must be one of auto, {', '.join(_backend.BACKENDS)}, got {backend!r}")
+    with _backend.use(backend):
+        try:
+            _backend.choose(device.type)
+        except RuntimeError as error:
+            raise ValueError(f"--backend {backend}: {error}") from None
+
+
+def _load_flow(checkpoint: Path | None, device: torch.device, schedule: str) -> fd.Flow:
+    flow = digits.load_digits_flow(checkpoint, device)
+    return flow if schedule == "vp" else digits.along_path(flow, SCHEDULES[schedule]())
+
+
+def _prepare_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}") from None
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"fastdensity: error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(BAD_INPUT)
+
+
+def _versions() -> dict[str, str]:
+    try:
+        import triton
+    except ImportError:
+        triton_version = "not installed"
+    else:
+        triton_version = triton.__version__
+    return {
+        "fastdensity": fd.__version__,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
