@@ -57,8 +57,7 @@ def drift_variants(rows: int, columns: int) -> tuple[dict[str, Variant], Callabl
         "torch.compile, out=": lambda: compiled_into(x, u, score, div, b, dt, out),
         "torch.compile": lambda: compiled(x, u, score, div, b, dt),
     }
-    doubles = [tensor.double() for tensor in (x, u, score, div)]
-    return variants, lambda: peers.guided_drift_eager(*doubles, b, dt)
+    return variants, lambda: peers.guided_drift_eager(x.double(), u.double(), score.double(), div.double(), b, dt)
 
 
 def step_variants(rows: int, columns: int) -> tuple[dict[str, Variant], Callable[[], Tensor]]:
