@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -91,13 +90,17 @@ def variants(target: str) -> list[Variant]:
     ):  # fmt: skip
         found += [
             Variant("drift", "epsilon", state, prediction, longest),
-            Variant("drift", "epsilon", state, prediction, LONG_ROW),
             edm(state, prediction, longest, uncond=True),
-            edm(state, prediction, longest // 2, uncond=True, noise="given"),
             edm(state, prediction, longest // 2, noise="drawn"),
             edm(state, prediction, LONG_ROW, uncond=True, noise="drawn"),
         ]
-    return [*found, Variant("radius", columns=16_384), Variant("prediction", "edm", "bfloat16", "bfloat16", 16_384)]
+    return [
+        *found,
+        Variant("drift", columns=LONG_ROW),
+        Variant("radius", columns=16_384),
+        edm(columns=8_192, uncond=True, noise="given"),
+        Variant("prediction", "edm", "bfloat16", "bfloat16", 16_384),
+    ]
 
 
 def _call(variant: Variant) -> tuple[Any, ...]:
@@ -218,14 +221,16 @@ def _measure(job: tuple[Variant, str]) -> list[Resources]:
     return measure(*job)
 
 
-def measure_all(targets: list[str], processes: int = 2) -> Iterator[Resources]:
-    """Every variant on every target, compiled in `processes` processes of their own."""
+def _compile_here() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # a process that interprets cannot compile
+
+
+def measure_all(targets: list[str], processes: int = 2) -> list[Resources]:
+    """Every variant on every target, compiled in `processes` processes of their own."""
     jobs = [(variant, target) for target in targets for variant in variants(target)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for found in pool.map(_measure, jobs, chunksize=4):
-            yield from found
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_compile_here) as pool:
+        return [row for found in pool.map(_measure, jobs, chunksize=2) for row in found]
 
 
 def _cell(row: Resources | None) -> str:
@@ -257,7 +262,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel and target")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     options = parser.parse_args()
-    rows = list(measure_all(options.targets))
+    rows = measure_all(options.targets)
     print("\n".join(json.dumps(asdict(row)) for row in rows) if options.json else table(rows))
 
 

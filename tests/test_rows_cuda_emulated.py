@@ -157,7 +157,13 @@ def spoil(problem: Problem, row: int, how: str) -> Problem:
     """The problem with one row that cannot be guided."""
     operands = [None if operand is None else operand.clone() for operand in problem.operands]
     parameters = [p.clone() if isinstance(p, torch.Tensor) else p for p in problem.parameters]
-    numbers = {"alpha": (0, 0.0), "sigma_next": (3, 0.0), "negative": (1, -0.5), "q": (4, 1.0), "gain": (6, float("inf"))}
+    numbers = {
+        "alpha": (0, 0.0),
+        "sigma_next": (3, 0.0),
+        "negative": (1, -0.5),
+        "q": (4, 1.0),
+        "gain": (6, float("inf")),
+    }
     if how in numbers:
         position, value = numbers[how]
         parameters[position][row] = value

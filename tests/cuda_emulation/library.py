@@ -53,8 +53,8 @@ def build(folder: Path) -> ctypes.CDLL | None:
     target = folder / "librows_emulated.so"
     command = [
         compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all",
-        "-DFASTDENSITY_CUDA_EMULATION", "-I", str(HERE), "-I", str(SOURCES),
+        "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
+        "-fno-sanitize-recover=all", "-DFASTDENSITY_CUDA_EMULATION", "-I", str(HERE), "-I", str(SOURCES),
         "-x", "c++", str(SOURCES / "rows_cuda.cu"), str(HERE / "entry.cpp"), "-o", str(target),
     ]  # fmt: skip
     subprocess.run(command, check=True)
