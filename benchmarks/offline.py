@@ -201,7 +201,7 @@ def measure(variant: Variant, target: str) -> list[Resources]:
 
     warp = TARGETS[target][2]
     found = []
-    for launch in plan(*_call(variant), warp=warp):
+    for launch in plan(*_call(variant), warp=warp).launches:
         compiled = _compile(launch, target)
         if "cubin" in compiled.asm:
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

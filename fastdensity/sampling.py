@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,7 +177,15 @@ def _check_problem(flow: Any, name: str, x: Any, grid: Any, solver: Any) -> list
         raise ValueError(f"{name} must be batch first, (B, *), got {describe(x)}")
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {describe(solver)}")
-    return _check_grid(grid)
+    levels = _check_grid(grid)
+    for lam in (levels[0], levels[-1]):
+        alpha, sigma = float(flow.schedule.alpha(lam)), float(flow.schedule.sigma(lam))
+        if not (0.0 < alpha < math.inf and 0.0 < sigma < math.inf):
+            raise ValueError(
+                f"grid must stay where alpha and sigma are positive, finite numbers; "
+                f"at lam = {lam} {flow.schedule!r} has alpha = {alpha} and sigma = {sigma}"
+            )
+    return levels
 
 
 def _check_grid(grid: Any) -> list[float]:

@@ -162,9 +162,8 @@ class Trajectory:
         if self.noise is not None:
             noise = self.noise[step.index].to(x.dtype)
         else:
-            noise = (
-                normals(problem.seed, problem.sample_ids, step.index, problem.dimension).to(x.dtype).reshape(x.shape)
-            )
+            drawn = normals(problem.seed, problem.sample_ids, step.index, problem.dimension)
+            noise = drawn.to(x.dtype).reshape(x.shape)
         sq_norm = row_dot(eps, eps)
         along = torch.where(sq_norm > 0, row_dot(eps, noise) / sq_norm, 0.0)
         along, scale = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(x.shape[0]) for v in (along, scale))

@@ -465,6 +465,7 @@ NOISY = fd.StochasticDensityGuidance(0.4, noise=lambda lam: 0.3)
         ({"grid": [0.0, 1.0, 1.0]}, ValueError, r"grid\[1\] = 1.0 before grid\[2\] = 1.0"),
         ({"grid": [-math.inf, 0.0]}, ValueError, "grid must be finite log-SNR values"),
         ({"grid": [math.nan, 0.0]}, ValueError, "grid must be finite log-SNR values"),
+        ({"grid": [-2e3, 0.0]}, ValueError, r"at lam = -2000.0 VP\(\) has alpha = 0.0 and sigma = 1.0"),
         ({"grid": [True, False]}, TypeError, "grid must hold real numbers"),
         ({"solver": "rk4"}, ValueError, "solver must be one of euler, ddim, heun, dpmpp_2m, got str 'rk4'"),
         ({"solver": None}, ValueError, "solver must be one of"),
