@@ -46,8 +46,9 @@ def guided_step_tuned(
     quantile_shift: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    eta = torch.linalg.vector_norm(eps, dim=1, keepdim=True).square_().reciprocal_().mul_(quantile_shift).add_(1.0)
-    eta.mul_(sigma_next - alpha_next * sigma / alpha)
+    """As few passes as torch allows; the norm of a half precision prediction is taken in the state's dtype."""
+    eta = torch.linalg.vector_norm(eps, dim=1, keepdim=True, dtype=x.dtype).square_().reciprocal_()
+    eta.mul_(quantile_shift).add_(1.0).mul_(sigma_next - alpha_next * sigma / alpha)
     return torch.mul(x, alpha_next / alpha, out=out).addcmul_(eps, eta)
 
 

@@ -18,6 +18,8 @@ using simd::kChunk;
 constexpr std::int64_t kSerialElements = 32768;             // below this a parallel region costs more than it saves
 constexpr std::int64_t kStreamBytes = 24 * 1024 * 1024;     // larger outputs would only push inputs out of the cache
 
+constexpr std::int64_t kSegment = 8;                        // chunks
+
 struct Sums {
   double norm = 0, overlap = 0;
 };
@@ -44,7 +46,7 @@ class RowKernel {
     return result;
   }
 
-  // Second pass: writes one chunk; false if any value written is not finite (looked at only where reported).
+  // Second pass: writes one chunk; false if any value of it is not finite.
   bool combine(const RowPlan& plan, std::int64_t row, std::int64_t begin, std::int64_t size) const {
     Scratch scratch;
     simd::Terms<Real> terms;
@@ -55,19 +57,16 @@ class RowKernel {
     if (plan.out[2] != 0.0) terms.add(Real(plan.out[2]), noise_of(row, begin, size, scratch));
     if (plan.out[0] != 0.0) terms.add(Real(plan.out[0]), vector_of(call_.v0, row, begin, size, scratch.v0));
     const std::int64_t offset = row * call_.out_stride + begin;
-    if (call_.out_dtype == real_type() && !streams_) {
-      Real* out = static_cast<Real*>(call_.out) + offset;
-      simd::combine(terms, size, out);
-      return !call_.report || simd::all_finite(out, size);
-    }
-    simd::combine(terms, size, scratch.out);
+    if (call_.out_dtype == real_type() && !streams_)
+      return simd::combine(terms, size, static_cast<Real*>(call_.out) + offset);
+    const bool finite = simd::combine(terms, size, scratch.out);
     if (streams_) {
       simd::stream(scratch.out, static_cast<Real*>(call_.out) + offset, size);
       simd::stream_fence();
     } else {
       simd::store(scratch.out, call_.out, static_cast<int>(call_.out_dtype), offset, size);
     }
-    return !call_.report || simd::all_finite(scratch.out, size);
+    return finite;
   }
 
   void report(std::int64_t row, const RowReport& report, bool finite) const {
@@ -133,7 +132,8 @@ std::int64_t chunk_size(const RowsCall& call, std::int64_t chunk) {
   return std::min(kChunk, call.columns - chunk * kChunk);
 }
 
-// One row from beginning to end: the second pass finds the row in the cache, latest chunk first.
+// One row from beginning to end. The second pass finds the latest chunks in the cache and begins with these, in
+// segments long enough for the processor to see streams.
 template <typename Real>
 void run_row(const RowKernel<Real>& kernel, const RowsCall& call, std::int64_t chunks, std::int64_t row) {
   RowPlan plan = kernel.plan(row);
@@ -144,8 +144,9 @@ void run_row(const RowKernel<Real>& kernel, const RowsCall& call, std::int64_t c
   }
   const RowReport report = kernel.finish(plan, total);
   bool finite = true;
-  for (std::int64_t chunk = chunks - 1; chunk >= 0; --chunk)
-    finite &= kernel.combine(plan, row, chunk * kChunk, chunk_size(call, chunk));
+  for (std::int64_t end = chunks; end > 0; end -= kSegment)
+    for (std::int64_t chunk = std::max<std::int64_t>(end - kSegment, 0); chunk < end; ++chunk)
+      finite &= kernel.combine(plan, row, chunk * kChunk, chunk_size(call, chunk));
   kernel.report(row, report, finite);
 }
 

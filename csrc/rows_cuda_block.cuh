@@ -10,7 +10,7 @@ namespace fastdensity::cuda {
 
 #ifdef FASTDENSITY_CUDA_EMULATION  // the tests run small blocks on the CPU
 constexpr int kThreads = 128;
-constexpr int kMaxChunks = 8;
+constexpr int kMaxChunks = 72;  // more than a block has threads
 constexpr std::int64_t kMaxGrid = 50;
 #else
 constexpr int kThreads = 512;    // at most, of a block

@@ -1,7 +1,9 @@
 #include "rows_simd.h"
 
 #include <cstring>
+#include <limits>
 
+#include "float16.h"
 #include "philox.h"
 
 #if defined(__x86_64__)
@@ -18,45 +20,6 @@
 
 namespace fastdensity::simd {
 namespace {
-
-INLINE float from_bits(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-INLINE std::uint32_t to_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-INLINE float widen_bfloat16(std::uint16_t half) { return from_bits(static_cast<std::uint32_t>(half) << 16); }
-
-INLINE std::uint16_t narrow_bfloat16(float value) {
-  const std::uint32_t bits = to_bits(value);
-  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-  return static_cast<std::uint16_t>(is_nan ? 0x7FC0u : rounded);
-}
-
-INLINE float widen_float16(std::uint16_t half) {
-  const std::uint32_t magnitude = (half & 0x7FFFu) << 13, sign = (half & 0x8000u) << 16;
-  const float scaled = from_bits(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
-  const bool special = (half & 0x7FFFu) >= 0x7C00u;                   // infinity, NaN
-  return from_bits((special ? magnitude | 0x7F800000u : to_bits(scaled)) | sign);
-}
-
-INLINE std::uint16_t narrow_float16(float value) {
-  const std::uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  // normal numbers: rebias and round to nearest even on the integer; subnormal ones: let a float addition round
-  const std::uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
-  const std::uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - 0x3F000000u;
-  std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477FF000u ? 0x7C00u : half;  // rounds to infinity
-  half = magnitude > 0x7F800000u ? 0x7E00u : half;   // NaN
-  return static_cast<std::uint16_t>(half | sign);
-}
 
 template <typename Real>
 INLINE void load_body(const void* source, int dtype, std::int64_t offset, std::int64_t count, Real* target) {
@@ -85,10 +48,10 @@ INLINE void store_body(const Real* source, void* target, int dtype, std::int64_t
     for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<double>(source[i]);
   } else if (dtype == 2) {
     std::uint16_t* values = static_cast<std::uint16_t*>(target) + offset;
-    for (std::int64_t i = 0; i < count; ++i) values[i] = narrow_bfloat16(static_cast<float>(source[i]));
+    for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<std::uint16_t>(narrow_bfloat16(static_cast<float>(source[i])));
   } else {
     std::uint16_t* values = static_cast<std::uint16_t*>(target) + offset;
-    for (std::int64_t i = 0; i < count; ++i) values[i] = narrow_float16(static_cast<float>(source[i]));
+    for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<std::uint16_t>(narrow_float16(static_cast<float>(source[i])));
   }
 }
 
@@ -127,28 +90,38 @@ INLINE double sum_of_squares_body(const Real* values, std::int64_t count) {
   return sum_of_lanes(lanes);
 }
 
+INLINE std::uint32_t magnitude(float value) { return bits_of_float(value) & 0x7FFFFFFFu; }
+
+INLINE std::uint64_t magnitude(double value) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &value, 8);
+  return bits & 0x7FFFFFFFFFFFFFFFull;
+}
+
+// Infinities and NaNs have the largest magnitudes of all when read as integers, whose maximum a compiler may reorder:
+// looking for them costs two integer instructions and needs no floating-point liberty.
+#define FOR_EACH(expression)                                 \
+  _Pragma("GCC ivdep") for (std::int64_t i = 0; i < count; ++i) { \
+    const Real value = expression;                           \
+    const auto size = magnitude(value);                      \
+    largest = size > largest ? size : largest;               \
+    out[i] = value;                                          \
+  }
+
 template <typename Real>
-INLINE void combine_body(const Terms<Real>& t, std::int64_t count, Real* out) {
+INLINE bool combine_body(const Terms<Real>& t, std::int64_t count, Real* out) {
   const Real *a = t.vector[0], *b = t.vector[1], *c = t.vector[2], *d = t.vector[3];
   const Real wa = t.weight[0], wb = t.weight[1], wc = t.weight[2], wd = t.weight[3];
+  decltype(magnitude(wa)) largest = 0;
   switch (t.count) {
-    case 1:
-#pragma GCC ivdep
-      for (std::int64_t i = 0; i < count; ++i) out[i] = wa * a[i];
-      break;
-    case 2:
-#pragma GCC ivdep
-      for (std::int64_t i = 0; i < count; ++i) out[i] = wb * b[i] + wa * a[i];
-      break;
-    case 3:
-#pragma GCC ivdep
-      for (std::int64_t i = 0; i < count; ++i) out[i] = wc * c[i] + (wb * b[i] + wa * a[i]);
-      break;
-    default:
-#pragma GCC ivdep
-      for (std::int64_t i = 0; i < count; ++i) out[i] = wd * d[i] + (wc * c[i] + (wb * b[i] + wa * a[i]));
+    case 1: FOR_EACH(wa * a[i]) break;
+    case 2: FOR_EACH(wb * b[i] + wa * a[i]) break;
+    case 3: FOR_EACH(wc * c[i] + (wb * b[i] + wa * a[i])) break;
+    default: FOR_EACH(wd * d[i] + (wc * c[i] + (wb * b[i] + wa * a[i])))
   }
+  return largest < magnitude(std::numeric_limits<Real>::infinity());
 }
+#undef FOR_EACH
 
 template <typename Real>
 INLINE void classifier_free_body(const Real* uncond, const Real* cond, Real scale, std::int64_t count, Real* out) {
@@ -183,7 +156,9 @@ INLINE void noise_body(std::uint64_t seed, std::uint32_t id, std::uint32_t step,
   }                                                                                                             \
   CLONES double dot(const Real* left, const Real* right, std::int64_t count) { return dot_body(left, right, count); } \
   CLONES double sum_of_squares(const Real* values, std::int64_t count) { return sum_of_squares_body(values, count); }  \
-  CLONES void combine(const Terms<Real>& terms, std::int64_t count, Real* out) { combine_body(terms, count, out); }   \
+  CLONES bool combine(const Terms<Real>& terms, std::int64_t count, Real* out) {                                \
+    return combine_body(terms, count, out);                                                                     \
+  }                                                                                                             \
   CLONES void classifier_free(const Real* uncond, const Real* cond, Real scale, std::int64_t count, Real* out) { \
     classifier_free_body(uncond, cond, scale, count, out);                                                      \
   }                                                                                                             \
@@ -193,27 +168,6 @@ INLINE void noise_body(std::uint64_t seed, std::uint32_t id, std::uint32_t step,
   }
 DEFINE_FOR(float)
 DEFINE_FOR(double)
-
-// On integers, where a maximum may be reordered: no clean-room floating-point flag is needed to vectorise it.
-CLONES bool all_finite(const float* values, std::int64_t count) {
-  std::uint32_t largest = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::uint32_t magnitude = to_bits(values[i]) & 0x7FFFFFFFu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return largest < 0x7F800000u;
-}
-
-CLONES bool all_finite(const double* values, std::int64_t count) {
-  std::uint64_t largest = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::uint64_t bits;
-    std::memcpy(&bits, values + i, 8);
-    bits &= 0x7FFFFFFFFFFFFFFFull;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest < 0x7FF0000000000000ull;
-}
 
 void stream(const float* source, float* target, std::int64_t count) {
   std::int64_t i = 0;

@@ -24,7 +24,7 @@ double dot(const double* left, const double* right, std::int64_t count);
 double sum_of_squares(const float* values, std::int64_t count);
 double sum_of_squares(const double* values, std::int64_t count);
 
-// out = sum of weights[t] * vectors[t], for 1 to 4 terms; `out` may be one of the vectors
+// out = sum of weights[t] * vectors[t], for 1 to 4 terms; `out` may be one of the vectors. Is all of it finite?
 template <typename Real>
 struct Terms {
   int count = 0;
@@ -32,15 +32,12 @@ struct Terms {
   const Real* vector[4];
   void add(Real w, const Real* v) { weight[count] = w, vector[count++] = v; }
 };
-void combine(const Terms<float>& terms, std::int64_t count, float* out);
-void combine(const Terms<double>& terms, std::int64_t count, double* out);
+bool combine(const Terms<float>& terms, std::int64_t count, float* out);
+bool combine(const Terms<double>& terms, std::int64_t count, double* out);
 
 // uncond + scale * (cond - uncond)
 void classifier_free(const float* uncond, const float* cond, float scale, std::int64_t count, float* out);
 void classifier_free(const double* uncond, const double* cond, double scale, std::int64_t count, double* out);
-
-bool all_finite(const float* values, std::int64_t count);
-bool all_finite(const double* values, std::int64_t count);
 
 // Writes past the cache; `target` must be aligned to 16 bytes.
 void stream(const float* source, float* target, std::int64_t count);

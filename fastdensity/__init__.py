@@ -4,6 +4,7 @@ The names below are the whole public interface; README.md opens with an example,
 house. Formulas: Karczewski, Heinonen and Garg, "Devil is in the Details" (ICML 2025, arXiv 2502.05807).
 """
 
+from fastdensity.conversions import from_epsilon, to_epsilon, to_sample, to_score
 from fastdensity.flow import Flow
 from fastdensity.guidance import DensityGuidance, HighDensity, StochasticDensityGuidance
 from fastdensity.mixture import GaussianMixture
@@ -11,7 +12,7 @@ from fastdensity.ops.rows import guide_prediction, guided_drift, guided_step
 from fastdensity.ops.rows_prior import scale_prior
 from fastdensity.ops.rows_result import StepResult
 from fastdensity.sampling import LogProbResult, SampleResult, log_prob, sample
-from fastdensity.schedules import EDM, VE, VP, RectifiedFlow
+from fastdensity.schedules import EDM, VE, VP, RectifiedFlow, Schedule, karras_sigmas, lam_from_alpha_sigma
 
 __version__ = "0.1.0"
 
@@ -26,12 +27,19 @@ __all__ = [
     "LogProbResult",
     "RectifiedFlow",
     "SampleResult",
+    "Schedule",
     "StepResult",
     "StochasticDensityGuidance",
+    "from_epsilon",
     "guide_prediction",
     "guided_drift",
     "guided_step",
+    "karras_sigmas",
+    "lam_from_alpha_sigma",
     "log_prob",
     "sample",
     "scale_prior",
+    "to_epsilon",
+    "to_sample",
+    "to_score",
 ]

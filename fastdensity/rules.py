@@ -11,8 +11,8 @@ writes one. Everything specific to a *prediction type* is two small functions of
 Both hold nothing but arithmetic and comparisons of strings, so the very same functions run on floats, on
 tensors (`fastdensity.reference.rows`) and inside the Triton kernels (`fastdensity.triton_kernels.rows`).
 `csrc/rules.h` is their C++ and CUDA twin; a test holds the two together number by number.
-The formulas are those of Karczewski et al. 2025 (arXiv 2502.05807), section 2 and appendix A, with the
-conversions of Salimans & Ho 2022 (v), Lipman et al. 2023 (velocity) and Karras et al. 2022 (EDM).
+The conversions are those of Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Lipman et al. 2023 (velocity) and Karras
+et al. 2022 (EDM).
 """
 
 from __future__ import annotations

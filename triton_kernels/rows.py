@@ -119,6 +119,15 @@ def _split(columns: int, tile: int, most_chunks: int) -> tuple[int, int, int]:
     return tiles, chunk_tiles, -(-tiles // chunk_tiles)
 
 
+def _vectors(rule: str, kind: str, operands: Operands, out: Tensor, noise: str) -> tuple[Tensor, int, tuple[Any, ...]]:
+    """(what to write, elements per load, the operands to read followed by all row strides in groups of these)."""
+    read = _read(rule, kind, operands, noise)
+    group = _group(out.numel() // out.shape[0], [tensor for tensor in (*read, out) if tensor is not None], noise)
+    target = out if _is_aligned(out, group) else torch.empty_like(out)
+    vectors = [_aligned(operand, group) for operand in read]
+    return target, group, (*vectors, *(_stride(vector, group) for vector in (target, *vectors)))
+
+
 def plan(
     rule: str,
     kind: str,
@@ -136,29 +145,23 @@ def plan(
     rows, columns = out.shape[0], out.numel() // out.shape[0]
     dtype = compute_dtype(operands)
     noise = _noise(rule, operands, noise_key)
-    read = _read(rule, kind, operands, noise)
-    group = _group(columns, [tensor for tensor in (*read, out) if tensor is not None], noise)
-    vectors = [_aligned(operand, group) for operand in read]
-    target = out if _is_aligned(out, group) else torch.empty_like(out)
-    numbers, per_row = pack_numbers(rule, parameters, rows, columns)
-    seed, sample_ids, step = noise_key if noise_key is not None and noise == "drawn" else (0, None, 0)
-    strides = [_stride(vector, group) for vector in (target, *vectors)]
-    shared = (*vectors, *strides, sample_ids, seed, step, columns // group)
-    constants = {
-        "RULE": rule, "KIND": kind, "MIXED": mixes_state(kind), "NOISE": noise, "PER_ROW": per_row,
-        "DTYPE": tl.float64 if dtype is torch.float64 else tl.float32, "VECTOR": group, "enable_fp_fusion": True,
-    }  # fmt: skip
-
-    if columns * dtype.itemsize <= (whole_row_bytes if noise == "none" else whole_row_bytes // 2):
-        tile = max(triton.next_power_of_2(columns), 4 * warp)
-        constants |= _tile_options(tile, dtype.itemsize, warp)
-        return Plan((Launch(rows_kernels.whole_rows, rows, (target, report, *shared, *numbers), constants),), target)
-
-    tile = tile_bytes // dtype.itemsize
+    whole = columns * dtype.itemsize <= (whole_row_bytes if noise == "none" else whole_row_bytes // 2)
+    tile = max(triton.next_power_of_2(columns), 4 * warp) if whole else tile_bytes // dtype.itemsize
     tiles, chunk_tiles, chunks = _split(columns, tile, most_chunks)
     if rows * tiles > MOST_PROGRAMS:
         raise ValueError(f"{rows} rows of {columns} elements need {rows * tiles} programs, more than {MOST_PROGRAMS}")
-    constants |= _tile_options(tile, dtype.itemsize, warp)
+
+    target, group, vectors = _vectors(rule, kind, operands, out, noise)
+    numbers, per_row = pack_numbers(rule, parameters, rows, columns)
+    seed, sample_ids, step = noise_key if noise_key is not None and noise == "drawn" else (0, None, 0)
+    shared = (*vectors, sample_ids, seed, step, columns // group)
+    constants = {
+        "RULE": rule, "KIND": kind, "MIXED": mixes_state(kind), "NOISE": noise, "PER_ROW": per_row,
+        "DTYPE": tl.float64 if dtype is torch.float64 else tl.float32, "VECTOR": group, "enable_fp_fusion": True,
+        **_tile_options(tile, dtype.itemsize, warp),
+    }  # fmt: skip
+    if whole:
+        return Plan((Launch(rows_kernels.whole_rows, rows, (target, report, *shared, *numbers), constants),), target)
     constants |= {"CHUNKS": triton.next_power_of_2(chunks), "CHUNK_TILES": chunk_tiles}
     sums = torch.empty((rows, chunks, 2), dtype=torch.float64, device=out.device)
     arguments = (target, report, sums, *shared, chunks, *numbers)

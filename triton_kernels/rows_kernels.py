@@ -209,7 +209,8 @@ def partial_sums(
             overlap += tl.sum(towards * other).to(tl.float64)
     address = sums + (row * chunks + chunk) * 2
     tl.store(address, norm)
-    tl.store(address + 1, overlap)
+    if NOISE != "none":
+        tl.store(address + 1, overlap)
     if report is not None:
         # where the tiles of the second launch gather their flags
         tl.store(report + row * 4 + 3, 0.0, mask=chunk == 0)
@@ -234,7 +235,9 @@ def finish_rows(
     chunk = tl.arange(0, CHUNKS)
     address = sums + (row * chunks + chunk) * 2
     norm = tl.sum(tl.load(address, mask=chunk < chunks, other=0.0))
-    overlap = tl.sum(tl.load(address + 1, mask=chunk < chunks, other=0.0))
+    overlap = norm
+    if NOISE != "none":
+        overlap = tl.sum(tl.load(address + 1, mask=chunk < chunks, other=0.0))
     base_0, base_1, c_0, c_1, c_2, eta_minus_one, sq_norm, dlogp, flags = coefficients(
         numbers, row, norm, overlap, vectors * VECTOR, RULE, KIND, PER_ROW
     )

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdensity import rules
 from fastdensity.boundary import check_integer, check_like, check_number, check_sample_ids, check_state
+from fastdensity.conversions import check_prediction_type
 from fastdensity.ops.rows_operator import run
 from fastdensity.ops.rows_result import StepResult
 from fastdensity.reference.rows import NoiseKey, Parameter
@@ -32,7 +32,7 @@ def guided_drift(
 ) -> Tensor:
     """The smallest change of the drift u that makes log p change at rate b: w = u + (div u + b) s / ||s||^2.
 
-    [DG] eq. 11. With `dt` the Euler step x + dt w is returned instead of w, in the same pass.
+    [DG] section 4. With `dt` the Euler step x + dt w is returned instead of w, in the same pass.
 
     Args:
         x: state (B, *). u: drift of the flow (B, *). score: grad log p(x) (B, *).
@@ -55,13 +55,6 @@ def guided_drift(
     operands = (None if dt is None else x, u, None, score)
     name = "u" if dt is None else "x"
     return run("drift", "epsilon", operands, parameters, None, out, report, name)[0]
-
-
-def _prediction_type(name: Any) -> str:
-    known = rules.PREDICTION_TYPE_ALIASES.get(name, name) if isinstance(name, str) else name
-    if known not in rules.PREDICTION_TYPES:
-        raise ValueError(f"prediction_type must be one of {', '.join(rules.PREDICTION_TYPES)}, got {name!r}")
-    return known
 
 
 def _check_cfg(uncond: Tensor | None, cfg_scale: float | Tensor, sample: Tensor) -> Parameter:
@@ -91,7 +84,7 @@ def guide_prediction(
 ) -> Tensor:
     """The network output whose predicted noise is eta times larger: density guidance before any solver.
 
-    eta = 1 + gain + (sqrt(2 D) ndtri(q) + shift) / ||eps||^2, [DG] eq. 15; q > 1/2 raises the density (smoother
+    eta = 1 + gain + (sqrt(2 D) ndtri(q) + shift) / ||eps||^2, [DG] eq. 23; q > 1/2 raises the density (smoother
     samples), q < 1/2 lowers it (more detail). The result converts back to the same parameterisation, so any
     solver for the flow x = alpha x0 + sigma eps takes it in place of the plain output.
 
@@ -112,7 +105,7 @@ def guide_prediction(
     """
     check_state("sample", sample)
     check_like("prediction", prediction, sample, "sample")
-    kind = _prediction_type(prediction_type)
+    kind = check_prediction_type(prediction_type)
     parameters = (
         check_number("alpha", alpha, sample, 0.0),
         check_number("sigma", sigma, sample, 0.0),
@@ -156,7 +149,7 @@ def guided_step(
     The step is DDIM's (Song et al. 2021): alpha' x0 + sigma' eps, Euler in sigma / alpha; for a rectified flow it
     is Euler in time. Guidance replaces eps by eta eps as in `guide_prediction`. With `noise_scale` the part of
     standard normal noise that is orthogonal to the score is added, noise_scale (z - eps (eps.z) / ||eps||^2):
-    it leaves log p alone to first order ([DG] section 4.2).
+    it leaves log p alone to first order ([DG] eq. 25).
 
     Args:
         sample: x (B, *). prediction, prediction_type, uncond, cfg_scale, sigma_data, q, shift, gain, alpha, sigma:
@@ -177,7 +170,7 @@ def guided_step(
     """
     check_state("sample", sample)
     check_like("prediction", prediction, sample, "sample")
-    kind = _prediction_type(prediction_type)
+    kind = check_prediction_type(prediction_type)
     ends = (
         check_number("alpha", alpha, sample, 0.0),
         check_number("sigma", sigma, sample, 0.0),

@@ -22,8 +22,9 @@ def scale_prior(
 ) -> Tensor:
     """Prior guidance: rescale each latent to a radius; a larger radius is a less likely latent, with more detail.
 
-    [DG] section 5. With `radius` the row's norm becomes that; otherwise sigma times the `quantile` (default 0.5)
-    of the chi distribution with D degrees of freedom, the law of ||latent|| under N(0, sigma^2 I).
+    Karczewski et al. 2025 (arXiv 2502.05807), section 3. With `radius` the row's norm becomes that; otherwise sigma
+    times the `quantile` (default 0.5) of the chi distribution with D degrees of freedom, the law of ||latent|| under
+    N(0, sigma^2 I).
 
     Args:
         latents: (B, *). quantile: in (0, 1), a number or (B,). sigma: standard deviation of the prior, >= 0.

@@ -9,7 +9,7 @@ noise_key) -> (out, report)`:
     step         sample x, prediction p, uncond, noise z   alpha' x0 + sigma' eps at eta * eps, plus noise P z
     radius       latents x, None, None, None               x * radius / ||x||
 
-with eta - 1 = gain + (shift + sqrt(2 D) ndtri(q)) / ||eps||^2 (Karczewski et al. 2025, eq. 15), the prediction
+with eta - 1 = gain + (shift + sqrt(2 D) ndtri(q)) / ||eps||^2 (Karczewski et al. 2025, eq. 23), the prediction
 p = uncond + cfg_scale (cond - uncond), and P = I - eps eps^T / ||eps||^2. Sums over a row and elementwise work
 run in float64 if any operand is float64, else in float32; the few numbers per row always in float64.
 """

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Rows of the small blocks that the emulation runs (csrc/rows_cuda_kernels.cuh): the longest of each regime.
-SMALL_BLOCK, LARGE_BLOCK, ONE_TILE_CHUNKS = 1024, 4096, 8192
+SMALL_BLOCK, LARGE_BLOCK, ONE_TILE_CHUNKS = 1024, 4096, 73_728
 GUARD = 64  # bytes after the scratch that nobody may write
 
 
