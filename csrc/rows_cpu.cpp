@@ -78,7 +78,11 @@ class RowKernel {
     target[3] = static_cast<Real>(report.flags | (finite ? 0 : non_finite));
   }
 
-  RowReport finish(RowPlan& plan, const Sums& sums) const { return finish_row(call_, plan, sums.norm, sums.overlap); }
+  RowReport finish(RowPlan& plan, const Sums& sums) const {
+    // a sum that the report's type cannot hold counts as infinite, as it does where all of it runs in that type
+    const bool overflows = !std::isfinite(static_cast<Real>(sums.norm));
+    return finish_row(call_, plan, overflows ? static_cast<Real>(sums.norm) : sums.norm, sums.overlap);
+  }
 
  private:
   struct Scratch {

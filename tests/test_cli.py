@@ -175,7 +175,12 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ["--n", "2", "--steps", "12", "--q", "0.35,0.4,0.45,0.5,0.55,0.6,0.65", "--out", str(out)]
     command = [sys.executable, "-m", "fastdensity", "sample", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_interrupts() -> None:  # a suite that was started in the background passes on that they are ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heed_interrupts, **pipes) as process:
         deadline = time.monotonic() + 120
         while not (out / "q_0.35.npz").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)

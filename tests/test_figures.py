@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -108,13 +106,3 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(OSError, match="taken"):
         save_curves(tmp_path / "taken", [0.4], noise(1, 2), noise(1, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-
-
-def test_importing_the_package_imports_none_of_the_optional_packages() -> None:
-    code = (
-        "import sys, fastdensity, fastdensity.digits, fastdensity.figures\n"
-        "optional = {'matplotlib', 'PIL', 'typer', 'rich', 'safetensors', 'sklearn', 'triton', 'tqdm'}\n"
-        "print(*sorted(optional & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == ""

@@ -41,8 +41,8 @@ def guided_drift(
         report: (B, 4) float32 (float64 for float64 rows), receives (gain, ||s||^2, nats added, flags) per row.
 
     Returns:
-        w in u's dtype, or x + dt w in x's. A row with zero or non-finite score, or non-finite div + b, is left
-        unguided (and flagged in `report`); no row touches another.
+        w in u's dtype, or x + dt w in x's. A row with zero or non-finite ||s||, or non-finite div + b, is left
+        unguided and flagged in `report`; NaN and infinity in a vector stay in their elements. No row touches another.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
