@@ -26,6 +26,7 @@ struct TorchNames {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* stride = PyUnicode_InternFromString("stride");
+  PyObject* numel = PyUnicode_InternFromString("numel");
 };
 
 TorchNames& names() {
@@ -74,6 +75,7 @@ Parameter parameter_of(nb::handle item) {
   }
   const Rows rows = rows_of(item, 0);
   parameter.data = rows.data, parameter.dtype = rows.dtype, parameter.stride = rows.row_stride;
+  if (integer(call_method(item, names().numel)) == 1) parameter.stride = 0;  // one number, whatever its shape
   if (parameter.dtype != DataType::float32 && parameter.dtype != DataType::float64)
     throw std::invalid_argument("numbers per row must be float32 or float64");
   return parameter;

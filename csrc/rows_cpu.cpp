@@ -16,8 +16,6 @@ namespace {
 using simd::kChunk;
 
 constexpr std::int64_t kSerialElements = 32768;             // below this a parallel region costs more than it saves
-constexpr std::int64_t kStreamBytes = 24 * 1024 * 1024;     // larger outputs would only push inputs out of the cache
-
 constexpr std::int64_t kSegment = 8;                        // chunks
 
 struct Sums {
@@ -29,10 +27,7 @@ class RowKernel {
  public:
   explicit RowKernel(const RowsCall& call)
       : call_(call),
-        has_noise_(call.rule == Rule::step && (call.sample_ids || call.v2.data)),
-        streams_(call.out_dtype == real_type() && call.rows * call.columns * sizeof(Real) >= kStreamBytes &&
-                 reinterpret_cast<std::uintptr_t>(call.out) % 16 == 0 &&
-                 call.out_stride * sizeof(Real) % 16 == 0) {}
+        has_noise_(call.rule == Rule::step && (call.sample_ids || call.v2.data)) {}
 
   RowPlan plan(std::int64_t row) const { return plan_row(call_, row, has_noise_); }
 
@@ -57,15 +52,9 @@ class RowKernel {
     if (plan.out[2] != 0.0) terms.add(Real(plan.out[2]), noise_of(row, begin, size, scratch));
     if (plan.out[0] != 0.0) terms.add(Real(plan.out[0]), vector_of(call_.v0, row, begin, size, scratch.v0));
     const std::int64_t offset = row * call_.out_stride + begin;
-    if (call_.out_dtype == real_type() && !streams_)
-      return simd::combine(terms, size, static_cast<Real*>(call_.out) + offset);
+    if (call_.out_dtype == real_type()) return simd::combine(terms, size, static_cast<Real*>(call_.out) + offset);
     const bool finite = simd::combine(terms, size, scratch.out);
-    if (streams_) {
-      simd::stream(scratch.out, static_cast<Real*>(call_.out) + offset, size);
-      simd::stream_fence();
-    } else {
-      simd::store(scratch.out, call_.out, static_cast<int>(call_.out_dtype), offset, size);
-    }
+    simd::store(scratch.out, call_.out, static_cast<int>(call_.out_dtype), offset, size);
     return finite;
   }
 
@@ -129,7 +118,7 @@ class RowKernel {
   }
 
   const RowsCall& call_;
-  const bool has_noise_, streams_;
+  const bool has_noise_;
 };
 
 std::int64_t chunk_size(const RowsCall& call, std::int64_t chunk) {

@@ -10,8 +10,8 @@
 #include <emmintrin.h>
 #endif
 
-// Clones hold no OpenMP region: GCC cannot clone one. Other compilers build the baseline alone.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTDENSITY_NO_CLONES)
+// Clones hold no OpenMP region: GCC cannot clone one. CMakeLists.txt finds out whether the compiler can clone at all.
+#if defined(__x86_64__) && !defined(FASTDENSITY_NO_CLONES)
 #define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define CLONES

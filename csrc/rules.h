@@ -152,7 +152,7 @@ FASTDENSITY_HOST_DEVICE void plan_guided(const RowsCall& call, std::int64_t row,
   else
     plan.flags |= bad_parameter;
   if (!std::isfinite(plan.total) || !std::isfinite(plan.gain) || !std::isfinite(plan.cfg) ||
-      !std::isfinite(plan.noise))
+      !std::isfinite(plan.noise) || plan.noise < 0.0)
     plan.flags |= bad_parameter;
 
   if (call.rule == Rule::prediction) {

@@ -7,7 +7,7 @@ at without a synchronisation; those turn up in the per-row flags of a result ins
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _interpreter_stack = torch._C._functorch.peek_interpreter_stack
+_is_compiling = torch.compiler.is_compiling  # a compiler traces these checks, and knows no is_neg
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def describe(value: Any) -> str:
@@ -62,7 +65,10 @@ def check_number(
         return _check_row_numbers(name, value, state)
     if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a number or a tensor of shape () or (B,), got {describe(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     inside = lowest < number < highest if open_ends else lowest <= number <= highest
     if not inside or not -math.inf < number < math.inf:
         opening, closing = ("(", ")") if open_ends else ("[", "]")
@@ -79,6 +85,8 @@ def _check_row_numbers(name: str, value: Tensor, state: Tensor) -> Tensor:
         if value.dim() != 0 or value.device.type != "cpu":
             raise ValueError(f"{name} must be on {state.device} like the state, got {describe(value)}")
         value = value.to(state.device)
+    if not _is_compiling() and value.is_neg():
+        value = value.resolve_neg()
     dtype = value.dtype
     if dtype is torch.float32 or dtype is torch.float64:
         return value
@@ -93,50 +101,59 @@ def check_sample_ids(sample_ids: Any, state: Tensor) -> Tensor:
     if sample_ids is None:
         return torch.arange(rows, device=state.device)
     if not isinstance(sample_ids, Tensor) or sample_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"sample_ids must be an int64 tensor of shape ({rows},), got {describe(sample_ids)}")
+        raise TypeError(f"sample_ids must be an int64 or int32 tensor of shape ({rows},), got {describe(sample_ids)}")
     if sample_ids.shape != (rows,) or sample_ids.device != state.device:
         raise ValueError(f"sample_ids must have shape ({rows},) on {state.device}, got {describe(sample_ids)}")
     return sample_ids.to(torch.int64).contiguous()
 
 
 def check_integer(name: str, value: Any, lowest: int, highest: int) -> int:
-    """A Python integer in [lowest, highest]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An integer in [lowest, highest], Python's or NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
+    value = int(value)
     if not lowest <= value <= highest:
         raise ValueError(f"{name} must be in [{lowest}, {highest}], got {value}")
     return value
 
 
-def check_out(out: Any, like: Tensor, like_name: str, operands: tuple[Tensor | None, ...]) -> Tensor:
-    """`out` must be writable as it is: right shape, dtype, device, dense rows, no partial overlap with an operand."""
+def check_out(name: str, out: Any, like: Tensor, like_name: str) -> Tensor:
+    """A tensor to be written must be like `like`, plain and dense; see `check_overlaps` for its memory."""
     if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a torch.Tensor, got {describe(out)}")
-    if not out.is_same_size(like) or out.dtype is not like.dtype or out.device != like.device:
-        raise ValueError(f"out must be like {like_name}, {describe(like)}, got {describe(out)}")
-    if out.requires_grad or out.is_neg() or out.is_conj():
-        raise ValueError("out must be a plain tensor: no requires_grad, no negative view")
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(out)}")
+    if out.shape != like.shape or out.dtype is not like.dtype or out.device != like.device:
+        raise ValueError(f"{name} must be like {like_name}, {describe(like)}, got {describe(out)}")
+    if out.requires_grad or (not _is_compiling() and (out.is_neg() or out.is_conj())):
+        raise ValueError(f"{name} must be a plain tensor: no requires_grad, no negative view")
     if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
-    begin = out.data_ptr()
-    end = begin + out.nbytes
-    for operand in operands:
-        if operand is None or operand is out:
-            continue
-        first = operand.data_ptr()
-        if first < end and not (operand.is_contiguous() and first + operand.nbytes <= begin):
-            _check_overlap(out, operand, begin)
+        raise ValueError(f"{name} must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
     return out
 
 
-def _check_overlap(out: Tensor, operand: Tensor, begin: int) -> None:
-    """Each kernel reads an element before it writes the same one: the very same memory is fine, a shift is not."""
-    first = operand.data_ptr()
-    reach = sum((size - 1) * stride for size, stride in zip(operand.shape, operand.stride(), strict=True))
-    if first + (reach + 1) * operand.element_size() <= begin or not operand.numel():
+def check_overlaps(name: str, out: Tensor, others: tuple[Any, ...], in_place: bool) -> None:
+    """`out` shares no memory with another argument; with `in_place` it may be the very same memory as one.
+
+    Each kernel reads an element before it writes the same one, so only a shift between the two does harm.
+    """
+    begin = out.data_ptr()
+    end = begin + out.nbytes
+    for other in others:
+        if other.__class__ not in _PLAIN_TYPES or (other is out and in_place):
+            continue
+        first = other.data_ptr()
+        if first < end and not (other.is_contiguous() and first + other.nbytes <= begin):
+            _check_overlap(name, out, other, in_place)
+
+
+def _check_overlap(name: str, out: Tensor, other: Tensor, in_place: bool) -> None:
+    first, begin = other.data_ptr(), out.data_ptr()
+    reach = sum((size - 1) * stride for size, stride in zip(other.shape, other.stride(), strict=True))
+    if first + (reach + 1) * other.element_size() <= begin or not other.numel() or not out.numel():
         return
-    if first != begin or operand.dtype != out.dtype or operand.stride() != out.stride():
-        raise ValueError("out overlaps an input in part; pass the input itself to work in place, or separate memory")
+    same = in_place and first == begin and other.dtype == out.dtype and other.shape == out.shape
+    if not same or not other.is_contiguous():
+        wanted = "pass the input itself to work in place, or separate memory" if in_place else "give separate memory"
+        raise ValueError(f"{name} overlaps another argument's memory; {wanted}")
 
 
 PLAIN, DERIVATIVE, OPERATOR = range(3)
@@ -147,11 +164,16 @@ def route(arguments: tuple[Tensor | float | None, ...]) -> int:
     """How these must be computed: by a kernel, by the reference, or through torch's dispatcher.
 
     DERIVATIVE: torch wants a derivative of, or a transform over, one of them. Kernels know no derivative, and would
-    drop the tangent without a word; the torch reference is right in both modes and under vmap.
-    OPERATOR: a tensor subclass (fake tensors among them) has its own idea of what an operator does.
+    drop the tangent without a word; the torch reference is right in both modes, under vmap, and under torch.jit.trace.
+    OPERATOR: a tensor subclass (fake tensors among them) or a dispatch mode has its own idea of what an operator
+    does, and a tracer must see one: a kernel called past it would leave only uninitialised memory in the graph.
     """
     grad_enabled = torch.is_grad_enabled()
-    transforms = forward_ad._current_level >= 0 or _interpreter_stack() is not None
+    transforms = _transforms_active()
+    if _tracing_state() is not None:  # torch.jit.trace takes no operator with lists of optional tensors
+        return DERIVATIVE
+    if _dispatch_modes() > 0:
+        return OPERATOR
     for argument in arguments:
         kind = argument.__class__
         if argument is None or kind is float:
@@ -171,6 +193,15 @@ def wants_derivative(arguments: tuple[Tensor | float | None, ...]) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
     return any(_is_transformed(tensor) for tensor in tensors)
+
+
+def has_derivative(tensor: Tensor) -> bool:
+    """Is this a dual, or wrapped by a functorch transform?"""
+    return _transforms_active() and _is_transformed(tensor)
+
+
+def _transforms_active() -> bool:
+    return forward_ad._current_level >= 0 or _interpreter_stack() is not None
 
 
 def _is_transformed(tensor: Tensor) -> bool:

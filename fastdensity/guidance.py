@@ -76,6 +76,7 @@ class DensityGuidance(Guidance):
         b: b(x, lam) -> (B,) or a number, the wanted d log p / d lam in nats per unit of lam. Needs the
             divergence at every evaluation.
         interval: (lam_lo, lam_hi); a step is guided if it begins at lam_lo <= lam < lam_hi.
+        track: False, the paper's plain form; a closed loop (True) is not part of this version.
 
     A tensor's values are not checked: rows with q outside (0, 1) or non-finite b go unguided, and are flagged.
 
@@ -84,8 +85,15 @@ class DensityGuidance(Guidance):
     """
 
     def __init__(
-        self, q: Number | None = None, *, b: Rate | None = None, interval: tuple[float, float] | None = None
+        self,
+        q: Number | None = None,
+        *,
+        b: Rate | None = None,
+        interval: tuple[float, float] | None = None,
+        track: bool = False,
     ) -> None:
+        if track is not False:
+            raise ValueError(f"track must be False: this version has no closed loop, got {describe(track)}")
         self.q, self.b = _check_target(q, b)
         self.interval = _check_interval(interval)
 
@@ -109,7 +117,7 @@ class StochasticDensityGuidance(DensityGuidance):
     adds, -(phi^2/2) (Lap - s.H s / ||s||^2) s / ||s||^2. Early noise (low lam) varies structure, late noise texture.
 
     Args:
-        q, b, interval: as in `DensityGuidance`.
+        q, b, interval, track: as in `DensityGuidance`.
         noise: phi_rel = noise(lam) >= 0 for the step that begins at lam, a number or (B,); 1 is the noise of the
             reverse diffusion, 0 the deterministic step, which then costs no divergence.
         projection_term: True repairs exactly, at one more Jacobian-vector product; False leaves out s.H s / ||s||^2
@@ -129,8 +137,9 @@ class StochasticDensityGuidance(DensityGuidance):
         *,
         b: Rate | None = None,
         interval: tuple[float, float] | None = None,
+        track: bool = False,
     ) -> None:
-        super().__init__(q, b=b, interval=interval)
+        super().__init__(q, b=b, interval=interval, track=track)
         if not callable(noise):
             raise TypeError(f"noise must be a function of lam that returns phi_rel, got {describe(noise)}")
         if not isinstance(projection_term, bool):

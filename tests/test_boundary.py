@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import fastdensity as fd
 from fastdensity import rules
-from fastdensity._backend import use
+from fastdensity._backend import native, use
 
 X = torch.randn(4, 6)
 ENDS = {"alpha": 0.6, "sigma": 0.8, "alpha_next": 0.7, "sigma_next": 0.6}
@@ -84,6 +85,8 @@ BAD_CALLS = [
     (lambda: step(prediction_type="noise2"), ValueError, "prediction_type must be one of epsilon, sample"),
     (lambda: step(prediction_type=3), ValueError, "prediction_type must be one of"),
     (lambda: step(prediction_type="edm", sigma_data=0.0), ValueError, "sigma_data must be finite"),
+    (lambda: step(prediction_type="edm", sigma_data=torch.ones(4)), TypeError, "sigma_data must be one positive"),
+    (lambda: step(alpha=10**400), ValueError, "alpha must be finite"),
     (lambda: step(cfg_scale=2.0), ValueError, "cfg_scale needs the unconditional prediction"),
     (lambda: step(uncond=X[:2]), ValueError, "uncond must have the shape of sample"),
     (lambda: step(noise=X, seed=1), ValueError, "give either noise or seed"),
@@ -95,8 +98,8 @@ BAD_CALLS = [
     (lambda: step(seed=1.5), TypeError, "seed must be an int"),
     (lambda: step(seed=1, step=2**32), ValueError, "step must be in"),
     (lambda: step(seed=1, sample_ids=torch.arange(3)), ValueError, r"sample_ids must have shape \(4,\)"),
-    (lambda: step(seed=1, sample_ids=[0, 1, 2, 3]), TypeError, "sample_ids must be an int64 tensor"),
-    (lambda: step(seed=1, sample_ids=torch.ones(4)), TypeError, "sample_ids must be an int64 tensor"),
+    (lambda: step(seed=1, sample_ids=[0, 1, 2, 3]), TypeError, "sample_ids must be an int64 or int32 tensor"),
+    (lambda: step(seed=1, sample_ids=torch.ones(4)), TypeError, "sample_ids must be an int64 or int32 tensor"),
     (lambda: predict(sample=X[:2]), ValueError, "prediction must have the shape of sample"),
     (lambda: predict(alpha=-1.0), ValueError, "alpha must be finite"),
     (lambda: predict(shift=float("nan")), ValueError, "shift must be finite"),
@@ -116,10 +119,38 @@ def test_bad_call(number):
 
 def test_partial_overlap_is_refused():
     memory = torch.randn(5, 6)
-    with pytest.raises(ValueError, match="out overlaps an input in part"):
+    with pytest.raises(ValueError, match="out overlaps another argument"):
         drift(x=memory[:4], u=memory[:4], score=memory[:4], dt=0.1, out=memory[1:])
     same = memory[:4].clone()
     assert torch.equal(drift(x=same, dt=0.1, out=same), drift(x=memory[:4], dt=0.1))
+
+
+def test_what_is_written_shares_no_memory():
+    memory = torch.full((24,), 0.4)
+    with pytest.raises(ValueError, match="out overlaps another argument"):
+        step(q=memory[:4], out=memory.view(4, 6))
+    square = torch.randn(4, 4)
+    report = torch.empty(4, 4)
+    with pytest.raises(ValueError, match="report overlaps another argument"):
+        fd.guided_drift(square, square, square, 1.0, 1.0, out=report, report=report)
+    with pytest.raises(ValueError, match="report overlaps another argument"):
+        fd.guided_drift(square, square, square, 1.0, 1.0, report=square)
+    one = torch.randn(12).as_strided((1, 6), (100, 1))  # the stride of a dimension of one element means nothing
+    expected = step(sample=one.clone(), prediction=X[:1]).sample
+    assert torch.equal(step(sample=one, prediction=X[:1], out=one.view(6)[None]).sample, expected)
+
+
+def test_numbers_of_every_shape_and_sign_bit():
+    """(), (1,), (B,) and strided numbers, and negative views of them: a kernel must read what torch would."""
+    wide = torch.tensor([0.4, 0.9, 0.1, 0.2, 0.4, 0.9, 0.3, 0.2])
+    expected = step(q=0.4).report
+    for number in (wide[0], wide[:1], wide[:1].double(), torch.tensor([0.4]).expand(4)):
+        torch.testing.assert_close(step(q=number).report, expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(step(q=wide[::2]).report, step(q=wide[::2].clone()).report)
+    negative = torch.complex(torch.zeros(4), torch.full((4,), -0.4)).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(step(q=negative).report, expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(drift(div=negative), drift(div=negative.clone()))
 
 
 @pytest.fixture(params=["cpu", "torch"])
@@ -179,6 +210,12 @@ def test_numbers_out_of_range_inside_tensors_leave_their_row_unguided(backend):
     assert got.flags.tolist() == [0, *[rules.FLAG_BAD_PARAMETER] * 4, 0]
     assert torch.equal(got.sample[1:5], plain.sample[1:5])
     assert torch.equal(got.sample[[0, 5]], guided.sample[[0, 5]])
+    noisy = fd.guided_step(x, p, **ENDS, q=0.4, seed=1, noise_scale=torch.tensor([-0.1, 0.1, 0.1, 0.1, 0.1, 0.1]))
+    assert noisy.flags.tolist() == [rules.FLAG_BAD_PARAMETER, 0, 0, 0, 0, 0]
+    report = torch.empty(6, 4)
+    scaled = fd.scale_prior(x, quantile=torch.tensor([0.5, 2.0, -1.0, 0.0, 1.0, 0.5]), report=report)
+    assert report[:, 3].tolist() == [0, *[rules.FLAG_BAD_PARAMETER] * 4, 0]
+    assert torch.equal(scaled[1:5], x[1:5])
     w = fd.guided_drift(x, x, p, torch.tensor([1.0, float("nan"), float("inf"), 1.0, 1.0, 1.0]), 1.0)
     assert torch.equal(w[1:3], x[1:3])
     assert not torch.equal(w[0], x[0])
@@ -212,6 +249,21 @@ def test_python_numbers_and_tensors_agree(backend):
     options = {"q": torch.tensor(0.3, dtype=torch.float64), "uncond": X * 0.5, "cfg_scale": np.float32(2.0)}
     assert torch.equal(as_numbers.sample, step(**tensors, **options).sample)
     assert torch.equal(as_numbers.sample, step(q=0.3, uncond=X * 0.5, cfg_scale=2).sample)
+
+
+def test_a_state_without_further_dimensions(backend):
+    x, p = torch.randn(5), torch.randn(5)
+    expected = fd.guided_step(x[:, None], p[:, None], **ENDS, q=0.4).sample[:, 0]
+    assert torch.equal(fd.guided_step(x, p, **ENDS, q=0.4).sample, expected)
+    torch.testing.assert_close(fd.guided_step(x.requires_grad_(), p, **ENDS, q=0.4).sample.detach(), expected)
+
+
+def test_the_package_is_typed():
+    folder = Path(fd.__file__).parent
+    assert (folder / "py.typed").exists()
+    stub = (folder / "_native.pyi").read_text()
+    public = {name for name in dir(native()) if not name.startswith("_")}
+    assert public <= {word.split("(")[0].split(":")[0] for word in stub.replace("def ", "").split()}
 
 
 def test_unknown_backend_is_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from torch.autograd import forward_ad
 
 import fastdensity as fd
@@ -128,3 +129,54 @@ def test_operator_passes_torchs_own_checks():
     x = torch.randn(3, 7, dtype=torch.float64)
     arguments = ("drift", "epsilon", [x, x.sin(), None, x.cos()], [None] * 3, [1.0, 2.0, 0.1], None, 0, 0)
     torch.library.opcheck(torch.ops.fastdensity.rows, arguments)
+
+
+def test_tracers_see_an_operator():
+    """A graph recorded by make_fx or jit.trace computes the step; a kernel called past them would leave a hole."""
+    x, p = torch.randn(4, 6), torch.randn(4, 6)
+
+    def function(x, p):
+        return fd.guided_step(x, p, **ENDS, q=0.4).sample
+
+    expected = function(x + 1, p)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(function)(x, p)
+    torch.testing.assert_close(graph(x + 1, p), expected)
+    traced = torch.jit.trace(function, (x, p), check_trace=False)
+    torch.testing.assert_close(traced(x + 1, p), expected)
+
+
+def test_writing_out_is_seen_by_autograd():
+    weight, buffer = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    loss = (weight * buffer).sum()
+    with torch.no_grad():
+        fd.guided_step(buffer.clone(), buffer.clone(), **ENDS, out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_carries_a_derivative_is_not_written():
+    x = torch.randn(4, 6)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.empty(4, 6), torch.ones(4, 6))
+        with pytest.raises(ValueError, match="cannot be written where a derivative is asked"):
+            fd.guided_step(x, x, **ENDS, out=dual)
+    with pytest.raises(ValueError, match="cannot be written where a derivative is asked"):
+        torch.func.vmap(lambda o: fd.guided_step(x, x, **ENDS, out=o).sample)(torch.zeros(2, 4, 6))
+
+
+def test_vmap_over_sample_ids():
+    x = torch.zeros(2, 5)
+    ids = torch.tensor([[0, 1], [2, 3]])
+    options = {**ENDS, "seed": 1, "noise_scale": 1.0}
+    got = torch.func.vmap(lambda i: fd.guided_step(x, x, sample_ids=i, **options).sample)(ids)
+    expected = fd.guided_step(torch.zeros(4, 5), torch.zeros(4, 5), **options).sample.reshape(2, 2, 5)
+    torch.testing.assert_close(got, expected)
+
+
+def test_compile_writes_a_given_out():
+    x, p, out = torch.randn(4, 6), torch.randn(4, 6), torch.zeros(4, 6)
+    compiled = torch.compile(
+        lambda x, p, out: fd.guided_step(x, p, **ENDS, q=0.4, out=out).sample, fullgraph=True, backend="aot_eager"
+    )
+    compiled(x, p, out)
+    torch.testing.assert_close(out, fd.guided_step(x, p, **ENDS, q=0.4).sample)

@@ -172,7 +172,7 @@ def _guided_coefficients(
     gain = row_number(numbers[6], row, 6, PER_ROW)
     noise_scale = row_number(numbers[8], row, 8, PER_ROW)
     flags = _norm_flags(norm) | _end_flags(alpha) | _end_flags(sigma) | _not_finite_flag(total)
-    flags |= _not_finite_flag(gain) | _not_finite_flag(noise_scale)
+    flags |= _not_finite_flag(gain) | _not_finite_flag(noise_scale) | _flag(noise_scale < 0.0, BAD_PARAMETER)
     flags |= _not_finite_flag(row_number(numbers[7], row, 7, PER_ROW))
     sq_norm = norm * scale * scale
     if RULE == "prediction":

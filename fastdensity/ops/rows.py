@@ -57,6 +57,12 @@ def guided_drift(
     return run("drift", "epsilon", operands, parameters, None, out, report, name)[0]
 
 
+def _check_sigma_data(sigma_data: Any, sample: Tensor) -> Parameter:
+    if isinstance(sigma_data, Tensor):
+        raise TypeError("sigma_data must be one positive number: it belongs to the network, not to a row")
+    return check_number("sigma_data", sigma_data, sample, 0.0, math.inf, True)
+
+
 def _check_cfg(uncond: Tensor | None, cfg_scale: float | Tensor, sample: Tensor) -> Parameter:
     if uncond is not None:
         check_like("uncond", uncond, sample, "sample")
@@ -94,7 +100,8 @@ def guide_prediction(
             (2 (div u + b) makes d log p / d lam = b, see `fastdensity.DensityGuidance`). gain: added to eta.
         prediction_type: one of `fastdensity.rules.PREDICTION_TYPES`. sigma_data: EDM only.
         uncond, cfg_scale: classifier-free guidance uncond + cfg_scale (prediction - uncond), before the density's.
-        out: written if given. report: (B, 4), receives (eta - 1, ||eps||^2, 0, flags).
+        out: written if given. report: (B, 4) float32 (float64 for float64 rows), receives (eta - 1, ||eps||^2, 0,
+            flags).
 
     Returns:
         (B, *) in the prediction's dtype. Rows at alpha = 0 or sigma = 0, with ||eps|| = 0, or with numbers that
@@ -116,7 +123,7 @@ def guide_prediction(
         check_number("gain", gain, sample),
         _check_cfg(uncond, cfg_scale, sample),
         0.0,
-        check_number("sigma_data", sigma_data, sample, 0.0, math.inf, True),
+        _check_sigma_data(sigma_data, sample),
     )
     operands = (sample, prediction, uncond, None)
     return run("prediction", kind, operands, parameters, None, out, report, "prediction")[0]
@@ -186,7 +193,7 @@ def guided_step(
         check_number("gain", gain, sample),
         _check_cfg(uncond, cfg_scale, sample),
         check_number("noise_scale", noise_scale, sample, 0.0),
-        check_number("sigma_data", sigma_data, sample, 0.0, math.inf, True),
+        _check_sigma_data(sigma_data, sample),
     )
     operands = (sample, prediction, uncond, noise)
     result, report = run("step", kind, operands, parameters, noise_key, out, True, "sample")

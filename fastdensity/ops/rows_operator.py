@@ -14,9 +14,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastdensity._backend import launcher
-from fastdensity.boundary import DERIVATIVE, OPERATOR, check_out, describe, route, wants_derivative
+from fastdensity.boundary import (
+    DERIVATIVE,
+    OPERATOR,
+    check_out,
+    check_overlaps,
+    describe,
+    has_derivative,
+    route,
+    wants_derivative,
+)
 from fastdensity.reference import rows as reference
 from fastdensity.reference.rows import NoiseKey, Operands, Parameter
 
@@ -37,21 +47,39 @@ def run(
     like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
     assert like is not None
     everything = operands + parameters
+    if noise_key is not None:
+        everything = (*everything, noise_key[1])
+    given_report = report if isinstance(report, Tensor) else None
     if out is not None:
-        check_out(out, like, like_name, operands)
+        check_out("out", out, like, like_name)
     if report is not None and report is not True:
         _check_report(report, like, operands)
-    how = OPERATOR if _is_compiling() else route(everything)
+    if _is_compiling():
+        return _deliver(*_through_operator(rule, kind, operands, parameters, noise_key), out, given_report)
+    how = route(everything)
+    if out is not None or given_report is not None:
+        _check_memory(out, given_report, everything, how)
     if how == OPERATOR:
-        results = _through_operator(rule, kind, operands, parameters, noise_key)
-        return _deliver(*results, out, report)
+        return _deliver(*_through_operator(rule, kind, operands, parameters, noise_key), out, given_report)
     if how == DERIVATIVE:
-        if out is not None or isinstance(report, Tensor):
-            raise ValueError("out and report cannot be written where a derivative is asked; leave them away")
-        flat = tuple(None if operand is None else operand.flatten(1) for operand in operands)
-        result, numbers = reference.rows(rule, kind, flat, parameters, noise_key)  # type: ignore[arg-type]
+        result, numbers = reference.rows(rule, kind, reference.flatten(operands), parameters, noise_key)
         return result.reshape(like.shape), numbers
-    return _launch(rule, kind, operands, parameters, noise_key, out, report, like)
+    results = _launch(rule, kind, operands, parameters, noise_key, out, report, like)
+    for written in (out, given_report):  # autograd must notice that a tensor it may have saved is another one now
+        if written is not None and not written.is_inference():
+            increment_version(written)
+    return results
+
+
+def _check_memory(out: Tensor | None, report: Tensor | None, arguments: tuple[Any, ...], how: int) -> None:
+    """What is to be written must be free to be written: no derivative in sight, no other argument's memory."""
+    traced = (out is not None and has_derivative(out)) or (report is not None and has_derivative(report))
+    if how == DERIVATIVE or traced:
+        raise ValueError("out and report cannot be written where a derivative is asked; leave them away")
+    if out is not None and out.__class__ is Tensor:
+        check_overlaps("out", out, arguments, in_place=True)
+    if report is not None and report.__class__ is Tensor:
+        check_overlaps("report", report, (*arguments, out), in_place=False)
 
 
 def _launch(
@@ -98,20 +126,15 @@ def _dense(operand: Tensor) -> Tensor:
 
 
 def _check_report(report: Any, like: Tensor, operands: Operands) -> None:
-    if not isinstance(report, Tensor):
-        raise TypeError(f"report must be a torch.Tensor, got {describe(report)}")
     dtype = reference.compute_dtype(operands)
-    if report.shape != (like.shape[0], 4) or report.dtype != dtype or report.device != like.device:
-        raise ValueError(
-            f"report must be {dtype} of shape ({like.shape[0]}, 4) on {like.device}, got {describe(report)}"
-        )
-    if not report.is_contiguous() or report.requires_grad:
-        raise ValueError("report must be contiguous and must not require grad")
+    if isinstance(report, Tensor) and (report.shape != (like.shape[0], 4) or report.dtype is not dtype):
+        raise ValueError(f"report must be {dtype} of shape ({like.shape[0]}, 4), got {describe(report)}")
+    check_out("report", report, report, "report")
+    if report.device != like.device:
+        raise ValueError(f"report must be on {like.device}, got {describe(report)}")
 
 
-def _deliver(
-    result: Tensor, numbers: Tensor, out: Tensor | None, report: Tensor | Literal[True] | None
-) -> tuple[Tensor, Tensor]:
+def _deliver(result: Tensor, numbers: Tensor, out: Tensor | None, report: Tensor | None) -> tuple[Tensor, Tensor]:
     if isinstance(report, Tensor):
         numbers = report.copy_(numbers)
     return (result if out is None else out.copy_(result)), numbers
@@ -136,7 +159,9 @@ _library.define(
 
 def _unpack(call: tuple[Any, ...]) -> tuple[str, str, Operands, tuple[Parameter, ...], NoiseKey | None, Tensor]:
     rule, kind, operands, tensors, values, sample_ids, seed, step = call
-    parameters = tuple(value if tensor is None else tensor for tensor, value in zip(tensors, values, strict=True))
+    parameters = tuple(
+        value if tensor is None else tensor.resolve_neg() for tensor, value in zip(tensors, values, strict=True)
+    )
     noise_key = None if sample_ids is None else (seed, sample_ids, step)
     like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
     return rule, kind, tuple(operands), parameters, noise_key, like
@@ -161,8 +186,7 @@ def _rows_autograd(*call: Any) -> tuple[Tensor, Tensor]:
     if not wants_derivative(operands + parameters):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.fastdensity.rows(*call)
-    flat = tuple(None if operand is None else operand.flatten(1) for operand in operands)
-    result, numbers = reference.rows(rule, kind, flat, parameters, noise_key)  # type: ignore[arg-type]
+    result, numbers = reference.rows(rule, kind, reference.flatten(operands), parameters, noise_key)
     return result.reshape(like.shape), numbers
 
 

@@ -11,6 +11,8 @@ from fastdensity.boundary import check_number, check_state
 from fastdensity.ops.rows_operator import run
 from fastdensity.reference.rows import Parameter
 
+NEWTON_STEPS = 20
+
 
 def scale_prior(
     latents: Tensor,
@@ -19,6 +21,7 @@ def scale_prior(
     *,
     radius: float | Tensor | None = None,
     out: Tensor | None = None,
+    report: Tensor | None = None,
 ) -> Tensor:
     """Prior guidance: rescale each latent to a radius; a larger radius is a less likely latent, with more detail.
 
@@ -29,12 +32,15 @@ def scale_prior(
     Args:
         latents: (B, *). quantile: in (0, 1), a number or (B,). sigma: standard deviation of the prior, >= 0.
         radius: >= 0, a number or (B,), in the units of the latents. out: written if given; may be `latents`.
+        report: (B, 4) float32 (float64 for float64 rows), receives (factor - 1, ||latent||^2, 0, flags) per row.
 
     Returns:
-        (B, *) in the latents' dtype. A zero row stays zero.
+        (B, *) in the latents' dtype. A zero or non-finite row, and one whose quantile, sigma or radius is out of
+        range inside a tensor, is returned as it is and flagged in `report`.
 
     Raises:
-        ValueError: both or neither sensible: `radius` together with `quantile`, quantile outside (0, 1), sigma < 0.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: `radius` together with `quantile`; a Python number out of range; a wrong shape or device.
     """
     check_state("latents", latents)
     if radius is not None:
@@ -46,22 +52,29 @@ def scale_prior(
         scale = check_number("sigma", sigma, latents, 0.0)
         columns = latents.numel() // max(latents.shape[0], 1)
         wanted = scale * chi_quantile(probability, columns) if columns else 0.0
-    return run("radius", "epsilon", (latents, None, None, None), (wanted,), None, out, None, "latents")[0]
+    return run("radius", "epsilon", (latents, None, None, None), (wanted,), None, out, report, "latents")[0]
 
 
 def chi_quantile(probability: Parameter, degrees: int) -> Parameter:
-    """Quantile of the chi distribution, by Newton's method on the regularised incomplete gamma function.
+    """Quantile of the chi distribution with `degrees` of freedom, in float64; NaN outside (0, 1).
 
-    Starts at Wilson and Hilferty's (1931) cube-root normal approximation; float64 throughout.
+    Newton's method for the logarithm of whichever tail is the smaller, in the logarithm of chi^2 / 2, from Wilson and
+    Hilferty's (1931) cube-root normal approximation or, far down, from the leading term of the lower tail.
     """
-    is_tensor = isinstance(probability, Tensor)
     p = torch.as_tensor(probability, dtype=torch.float64)
-    shape = torch.full_like(p, degrees / 2)
+    half = torch.full_like(p, degrees / 2)
+    lower = p <= 0.5
+    target = torch.where(lower, p.log(), torch.log1p(-p))
     spread = 2.0 / (9.0 * degrees)
-    half = (degrees / 2) * (1.0 - spread + torch.special.ndtri(p) * math.sqrt(spread)).clamp(min=1e-2) ** 3
-    for _ in range(40):
-        log_density = (shape - 1.0) * half.log() - half - torch.lgamma(shape)
-        change = (torch.special.gammainc(shape, half) - p) * torch.exp(-log_density)
-        half = torch.clamp(half - change, half / 4, half * 4)
-    result = (2.0 * half).sqrt()
-    return result if is_tensor else float(result)
+    root = 1.0 - spread + torch.special.ndtri(p) * math.sqrt(spread)
+    position = torch.where(
+        root > 0.3, (half * root.clamp(min=0.3) ** 3).log(), (target + torch.lgamma(half + 1.0)) / half
+    )
+    for _ in range(NEWTON_STEPS):
+        value = position.exp()
+        tail = torch.where(lower, torch.special.gammainc(half, value), torch.special.gammaincc(half, value))
+        slope = torch.exp(half * position - value - torch.lgamma(half)) / tail
+        change = (tail.log() - target) / torch.where(lower, slope, -slope)
+        position = position - change.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
+    result = torch.where((p > 0.0) & (p < 1.0), (2.0 * position.exp()).sqrt(), math.nan)
+    return result if isinstance(probability, Tensor) else float(result)

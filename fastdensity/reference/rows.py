@@ -37,6 +37,14 @@ def compute_dtype(operands: Operands) -> torch.dtype:
     return torch.float32
 
 
+def flatten(operands: Operands) -> Operands:
+    """Each operand (B, *) as rows (B, D); a state of shape (B,) has rows of one element."""
+    return tuple(  # type: ignore[return-value]
+        None if operand is None else operand.reshape(operand.shape[0], operand.shape[1:].numel())
+        for operand in operands
+    )
+
+
 def rows(
     rule: str, kind: str, operands: Operands, parameters: tuple[Parameter, ...], noise_key: NoiseKey | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -134,6 +142,7 @@ def _guided(
     ends = [alpha, sigma, alpha_next, sigma_next] if rule == "step" else [alpha, sigma]
     total = shift + math.sqrt(2.0 * x.shape[1]) * torch.special.ndtri(q)
     flags = _norm_flags(norm) | _parameter_flags(ends, [q], [total, gain, cfg_scale, noise_scale])
+    flags = flags | (noise_scale < 0).to(torch.int64) * rules.FLAG_BAD_PARAMETER
     guided = flags == 0
     eta_minus_one = torch.where(guided, gain, torch.zeros_like(gain)) + _divide(total, sq_norm, guided)
 
@@ -193,8 +202,7 @@ def launch_torch(
     report: Tensor | None,
 ) -> None:
     """The reference as a backend: computes and copies into `out` (B, *) and, if given, `report` (B, 4)."""
-    flat = tuple(None if operand is None else operand.flatten(1) for operand in operands)
-    result, numbers = rows(rule, kind, flat, parameters, noise_key)  # type: ignore[arg-type]
+    result, numbers = rows(rule, kind, flatten(operands), parameters, noise_key)
     out.copy_(result.view_as(out))
     if report is not None:
         report.copy_(numbers)

@@ -1,0 +1,73 @@
+"""The compiled extension. Called through `fastdensity.ops`, which checks every argument first."""
+
+from torch import Tensor, dtype
+
+has_cuda: bool
+build: str
+
+def set_dtypes(dtypes: tuple[dtype, dtype, dtype, dtype], /) -> None: ...
+def rows_cpu(
+    rule: int,
+    type: int,
+    rows: int,
+    columns: int,
+    contiguous: bool,
+    v0: Tensor | None,
+    v1: Tensor | None,
+    uncond: Tensor | None,
+    v2: Tensor | None,
+    out: Tensor,
+    parameters: tuple[float | Tensor, ...],
+    report: Tensor | None,
+    seed: int,
+    sample_ids: Tensor | None,
+    step: int,
+    threads: int,
+) -> None: ...
+def rule_coefficients(
+    type: int, alpha: float, sigma: float, alpha_next: float, sigma_next: float, sigma_data: float, /
+) -> tuple[float, float, float, float, float, float]: ...
+def philox_words(c0: int, c1: int, c2: int, c3: int, seed: int, /) -> tuple[int, int, int, int]: ...
+def triad(
+    a: int, b: int, c: int, s: float, t: float, count: int, out: int, streaming: bool, threads: int, /
+) -> None: ...
+
+# Only where has_cuda.
+def rows_cuda_scratch(
+    rule: int,
+    type: int,
+    rows: int,
+    columns: int,
+    contiguous: bool,
+    v0: Tensor | None,
+    v1: Tensor | None,
+    uncond: Tensor | None,
+    v2: Tensor | None,
+    out: Tensor,
+    parameters: tuple[float | Tensor, ...],
+    report: Tensor | None,
+    seed: int,
+    sample_ids: Tensor | None,
+    step: int,
+    /,
+) -> int: ...
+def rows_cuda(
+    rule: int,
+    type: int,
+    rows: int,
+    columns: int,
+    contiguous: bool,
+    v0: Tensor | None,
+    v1: Tensor | None,
+    uncond: Tensor | None,
+    v2: Tensor | None,
+    out: Tensor,
+    parameters: tuple[float | Tensor, ...],
+    report: Tensor | None,
+    seed: int,
+    sample_ids: Tensor | None,
+    step: int,
+    scratch: int,
+    stream: int,
+    /,
+) -> None: ...
