@@ -70,7 +70,8 @@ def sample(
     """Takes latents at log-SNR grid[0] along the flow to grid[-1], guided if asked, log p tracked if asked.
 
     No gradient is kept. Sample i depends on latents[i], on its noise and, for random numbers made here, on
-    sample_ids[i]; not on the rest of the batch, as far as the network keeps its rows apart.
+    sample_ids[i]; not on the rest of the batch, as far as the network keeps its rows apart: a matrix product may round
+    differently in a batch of another size, so bits then agree at equal batch sizes only.
 
     Args:
         flow: a `Flow` or `GaussianMixture`, or like them: .schedule .prediction(x, lam) .prediction_type .sigma_data.
@@ -85,7 +86,7 @@ def sample(
         noise: (N, B, *) standard normals for stochastic guidance; by default made in the kernel from `seed`.
         seed: of noise and probes. sample_ids: int64 (B,), their key beside it, default 0 .. B-1.
         progress: True shows a bar (needs tqdm). callback: called as callback(index, lam, x) after each step, with
-            lam = grid[index + 1] and x (B, *) the state there; itself, no copy.
+            lam = grid[index + 1] and x (B, *) the state there; itself, no copy, not to be written.
 
     Returns:
         SampleResult with .x .log_prob .std_err .nfe .flags.
