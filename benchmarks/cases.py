@@ -5,7 +5,7 @@ from __future__ import annotations
 ROW_SHAPES = ((256, 3_072), (64, 16_384), (8, 196_608), (64, 196_608))
 
 # Row vectors read and written, each once.
-OPERANDS = {"guided_drift": (3, 1), "guided_step": (2, 1), "guided_step_cfg": (3, 1), "guide_prediction": (1, 1)}
+OPERANDS = {"guided_drift": (3, 1), "guided_step": (2, 1)}
 
 
 def least_bytes(rule: str, rows: int, columns: int, bytes_per_element: int = 4) -> int:

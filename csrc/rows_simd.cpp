@@ -123,6 +123,16 @@ INLINE bool combine_body(const Terms<Real>& t, std::int64_t count, Real* out) {
 }
 #undef FOR_EACH
 
+// Writes past the cache.
+void stream(const float* source, float* target, std::int64_t count) {
+  std::int64_t i = 0;
+#if defined(__x86_64__)
+  for (; i + 4 <= count; i += 4) _mm_stream_ps(target + i, _mm_loadu_ps(source + i));
+  _mm_sfence();
+#endif
+  for (; i < count; ++i) target[i] = source[i];
+}
+
 template <typename Real>
 INLINE void classifier_free_body(const Real* uncond, const Real* cond, Real scale, std::int64_t count, Real* out) {
 #pragma GCC ivdep
@@ -169,28 +179,6 @@ INLINE void noise_body(std::uint64_t seed, std::uint32_t id, std::uint32_t step,
 DEFINE_FOR(float)
 DEFINE_FOR(double)
 
-void stream(const float* source, float* target, std::int64_t count) {
-  std::int64_t i = 0;
-#if defined(__x86_64__)
-  for (; i + 4 <= count; i += 4) _mm_stream_ps(target + i, _mm_loadu_ps(source + i));
-#endif
-  for (; i < count; ++i) target[i] = source[i];
-}
-
-void stream(const double* source, double* target, std::int64_t count) {
-  std::int64_t i = 0;
-#if defined(__x86_64__)
-  for (; i + 2 <= count; i += 2) _mm_stream_pd(target + i, _mm_loadu_pd(source + i));
-#endif
-  for (; i < count; ++i) target[i] = source[i];
-}
-
-void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 void triad(const float* a, const float* b, const float* c, float s, float t, std::int64_t count, float* out,
            bool streaming) {
   float buffer[kChunk];
@@ -203,7 +191,6 @@ void triad(const float* a, const float* b, const float* c, float s, float t, std
     combine(terms, size, streaming ? buffer : out + begin);
     if (streaming) stream(buffer, out + begin, size);
   }
-  if (streaming) stream_fence();
 }
 
 }  // namespace fastdensity::simd

@@ -39,18 +39,14 @@ bool combine(const Terms<double>& terms, std::int64_t count, double* out);
 void classifier_free(const float* uncond, const float* cond, float scale, std::int64_t count, float* out);
 void classifier_free(const double* uncond, const double* cond, double scale, std::int64_t count, double* out);
 
-// Writes past the cache; `target` must be aligned to 16 bytes.
-void stream(const float* source, float* target, std::int64_t count);
-void stream(const double* source, double* target, std::int64_t count);
-void stream_fence();
-
 // Normals of elements [offset, offset + count) of a row; offset is a multiple of 4.
 void noise(std::uint64_t seed, std::uint32_t sample_id, std::uint32_t step, std::int64_t offset, std::int64_t count,
            float* out);
 void noise(std::uint64_t seed, std::uint32_t sample_id, std::uint32_t step, std::int64_t offset, std::int64_t count,
            double* out);
 
-// out = a + s b + t c: the floor that benchmarks hold the kernels against.
+// out = a + s b + t c, the floor that benchmarks hold the kernels against; `streaming` writes past the cache, and needs
+// an `out` aligned to 16 bytes.
 void triad(const float* a, const float* b, const float* c, float s, float t, std::int64_t count, float* out,
            bool streaming);
 

@@ -102,7 +102,7 @@ def test_bits_do_not_depend_on_threads(threads):
 @pytest.mark.parametrize("columns", [64, 2_100_000])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_out_in_place_and_unaligned(columns, offset):
-    """2,100,000 columns of 3 rows are written past the cache where the address allows it, and must not differ."""
+    """Neither the alignment of `out` nor working in place changes a bit, in short rows and in long ones."""
     problem = random_problem("step", rows=3, columns=columns, per_row=True)
     expected, _ = launch(problem)
     memory = torch.full((3 * columns + 1,), float("nan"))

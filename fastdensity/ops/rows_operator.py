@@ -1,10 +1,11 @@
 """From checked arguments to a launch, and the same as a torch operator where torch has to see one.
 
 Plain tensors go straight to the backend's launcher. Three kinds of call do not:
-- under torch.compile, or with fake tensors, `torch.ops.fastdensity.rows` is called: it has a fake implementation,
-  so graphs capture it whole;
+- under torch.compile or a dispatch mode, or with fake tensors, `torch.ops.fastdensity.rows` is called: it has a fake
+  implementation, so graphs capture it whole;
 - a tensor that carries a derivative (requires_grad, a forward-mode dual, any functorch transform) is computed by
-  the torch reference, which torch differentiates. A kernel would drop the tangent without a word;
+  the torch reference, which torch differentiates, and torch.jit.trace records that. A kernel would drop the tangent
+  without a word;
 - negative views and rows that are not dense are made plain first.
 """
 
@@ -44,8 +45,7 @@ def run(
     like_name: str,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, report): the one entry of the family. `report` True allocates one, None skips it."""
-    like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
-    assert like is not None
+    like = reference.result_like(rule, operands)
     everything = operands + parameters
     if noise_key is not None:
         everything = (*everything, noise_key[1])
@@ -62,8 +62,7 @@ def run(
     if how == OPERATOR:
         return _deliver(*_through_operator(rule, kind, operands, parameters, noise_key), out, given_report)
     if how == DERIVATIVE:
-        result, numbers = reference.rows(rule, kind, reference.flatten(operands), parameters, noise_key)
-        return result.reshape(like.shape), numbers
+        return _through_reference(rule, kind, operands, parameters, noise_key, like)
     results = _launch(rule, kind, operands, parameters, noise_key, out, report, like)
     for written in (out, given_report):  # autograd must notice that a tensor it may have saved is another one now
         if written is not None and not written.is_inference():
@@ -141,6 +140,18 @@ def _deliver(result: Tensor, numbers: Tensor, out: Tensor | None, report: Tensor
     return (result if out is None else out.copy_(result)), numbers
 
 
+def _through_reference(
+    rule: str,
+    kind: str,
+    operands: Operands,
+    parameters: tuple[Parameter, ...],
+    noise_key: NoiseKey | None,
+    like: Tensor,
+) -> tuple[Tensor, Tensor]:
+    result, numbers = reference.rows(rule, kind, reference.flatten(operands), parameters, noise_key)
+    return result.reshape(like.shape), numbers
+
+
 def _through_operator(
     rule: str, kind: str, operands: Operands, parameters: tuple[Parameter, ...], noise_key: NoiseKey | None
 ) -> tuple[Tensor, Tensor]:
@@ -164,8 +175,7 @@ def _unpack(call: tuple[Any, ...]) -> tuple[str, str, Operands, tuple[Parameter,
         value if tensor is None else tensor.resolve_neg() for tensor, value in zip(tensors, values, strict=True)
     )
     noise_key = None if sample_ids is None else (seed, sample_ids, step)
-    like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
-    return rule, kind, tuple(operands), parameters, noise_key, like
+    return rule, kind, tuple(operands), parameters, noise_key, reference.result_like(rule, operands)
 
 
 def _rows_kernel(*call: Any) -> tuple[Tensor, Tensor]:
@@ -187,8 +197,7 @@ def _rows_autograd(*call: Any) -> tuple[Tensor, Tensor]:
     if not wants_derivative(operands + parameters):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.fastdensity.rows(*call)
-    result, numbers = reference.rows(rule, kind, reference.flatten(operands), parameters, noise_key)
-    return result.reshape(like.shape), numbers
+    return _through_reference(rule, kind, operands, parameters, noise_key, like)
 
 
 _library.impl("rows", _rows_kernel, "CompositeExplicitAutograd")

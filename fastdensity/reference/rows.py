@@ -37,6 +37,13 @@ def compute_dtype(operands: Operands) -> torch.dtype:
     return torch.float32
 
 
+def result_like(rule: str, operands: Operands) -> Tensor:
+    """The operand whose shape, dtype and device the result has: the prediction, or the first vector there is."""
+    like = operands[1] if rule == "prediction" or operands[0] is None else operands[0]
+    assert like is not None
+    return like
+
+
 def flatten(operands: Operands) -> Operands:
     """Each operand (B, *) as rows (B, D); a state of shape (B,) has rows of one element."""
     return tuple(  # type: ignore[return-value]
@@ -53,8 +60,7 @@ def rows(
     Differentiable in both modes: no operand is written, no control flow depends on data.
     """
     state = next(operand for operand in operands if operand is not None)
-    out_like = operands[1] if rule == "prediction" else state
-    assert out_like is not None
+    out_like = result_like(rule, operands)
     dtype = compute_dtype(operands)
     numbers = [_per_row(parameter, state) for parameter in parameters]
     v0, v1, uncond, v2 = (None if operand is None else operand.to(dtype) for operand in operands)
