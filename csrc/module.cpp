@@ -1,6 +1,7 @@
 // The only file that knows Python. It asks a tensor for its address, element type and stride through the tensor's own
 // methods and links no libtorch. fastdensity/ops checked every argument; nothing here converts, copies or keeps one.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -165,6 +166,42 @@ void triad(std::int64_t a, std::int64_t b, std::int64_t c, double s, double t, s
   }
 }
 
+DualNormCall dual_norm_call(std::int64_t x, std::int64_t out, int dtype, std::int64_t planes, std::int64_t rows,
+                            std::int64_t size, double eps, std::int64_t weight, std::int64_t bias) {
+  if (dtype < 0 || dtype > 3) throw std::invalid_argument("unknown element type");
+  DualNormCall call;
+  call.x = address(x), call.out = const_cast<void*>(address(out)), call.dtype = static_cast<DataType>(dtype);
+  call.planes = planes, call.rows = rows, call.size = size, call.eps = eps;
+  call.weight = address(weight), call.bias = address(bias);
+  return call;
+}
+
+using ModulationArgument = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+Modulation modulation_of(const ModulationArgument& argument) {
+  return {address(std::get<0>(argument)), std::get<1>(argument), std::max<std::int64_t>(std::get<2>(argument), 1)};
+}
+
+void dual_row_norm_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t planes, std::int64_t rows,
+                         std::int64_t size, double eps, bool centered, std::int64_t weight, std::int64_t bias,
+                         ModulationArgument multiplier, ModulationArgument addend, int threads) {
+  DualNormCall call = dual_norm_call(x, out, dtype, planes, rows, size, eps, weight, bias);
+  call.centered = centered, call.multiplier = modulation_of(multiplier), call.addend = modulation_of(addend);
+  nb::gil_scoped_release release;
+  dual_norm_cpu(call, threads);
+}
+
+void dual_group_norm_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t planes, std::int64_t samples,
+                           std::int64_t channels, std::int64_t groups, std::int64_t spatial, double eps,
+                           std::int64_t weight, std::int64_t bias, bool silu, int threads) {
+  if (groups < 1 || channels % groups) throw std::invalid_argument("groups must divide channels");
+  const std::int64_t size = channels / groups * spatial;
+  DualNormCall call = dual_norm_call(x, out, dtype, planes, samples * groups, size, eps, weight, bias);
+  call.groups = groups, call.spatial = spatial, call.silu = silu;
+  nb::gil_scoped_release release;
+  dual_norm_cpu(call, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -181,6 +218,8 @@ NB_MODULE(_native, m) {
         nb::arg("contiguous"),        nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(), nb::arg("v2").none(), nb::arg("out"),
         nb::arg("parameters"), nb::arg("report").none(), nb::arg("seed"), nb::arg("sample_ids").none(), nb::arg("step"),
         nb::arg("threads"));
+  m.def("dual_row_norm_cpu", &dual_row_norm_entry);
+  m.def("dual_group_norm_cpu", &dual_group_norm_entry);
   m.def("set_dtypes", &set_dtypes);
   m.def("rule_coefficients", &rule_coefficients);
   m.def("philox_words", &philox_words);

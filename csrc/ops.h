@@ -64,4 +64,29 @@ void rows_cpu(const RowsCall& call, int threads);
 std::int64_t rows_cuda_scratch(const RowsCall& call);  // bytes
 const char* rows_cuda(const RowsCall& call, void* scratch, void* stream);
 
+// adaLN's rows of `size` numbers: row r of x uses the one at data + r / every * stride.
+struct Modulation {
+  const void* data = nullptr;  // nullptr: absent
+  std::int64_t stride = 0;
+  std::int64_t every = 1;
+};
+
+// fastdensity/reference/dual_norm.py on a dense dual (planes, rows, size), the value first. Plain numbers are float64
+// where `dtype` is, else float32. groups == 0: weight and bias have `size` numbers. Else row r is group r % groups of
+// a sample, its channels have `spatial` elements each, and weight and bias one number per channel.
+struct DualNormCall {
+  const void* x = nullptr;
+  void* out = nullptr;
+  DataType dtype = DataType::float32;
+  std::int64_t planes = 0, rows = 0, size = 0;
+  double eps = 0;
+  bool centered = true;  // false: root-mean-square norm
+  const void *weight = nullptr, *bias = nullptr;
+  Modulation multiplier, addend;
+  std::int64_t groups = 0, spatial = 1;
+  bool silu = false;
+};
+
+void dual_norm_cpu(const DualNormCall& call, int threads);
+
 }  // namespace fastdensity

@@ -46,11 +46,14 @@ def choose(device_type: str) -> str:
     return name
 
 
-def launcher(op: str, device_type: str) -> Launcher:
-    """The function that launches `op` for tensors of this device; chosen on the first call, see `use`."""
+def launcher(op: str, device_type: str, room: str | None = None) -> Launcher:
+    """The function that launches `op` for tensors of this device; chosen on the first call, see `use`.
+
+    Ops that share a `room` share its files; there the function is called after the op, `dual_rms_norm_cpu`.
+    """
     found = _launchers.get((op, device_type))
     if found is None:
-        found = _launchers[op, device_type] = _load(op, choose(device_type))
+        found = _launchers[op, device_type] = _load(op, choose(device_type), room)
     return found
 
 
@@ -71,14 +74,15 @@ def use(name: str) -> Iterator[None]:
             os.environ[VARIABLE] = previous
 
 
-def _load(op: str, backend: str) -> Launcher:
+def _load(op: str, backend: str, room: str | None) -> Launcher:
+    stem = room or op
     module = {
-        "cpu": f"fastdensity.ops.{op}_native",
-        "cuda": f"fastdensity.ops.{op}_native",
-        "triton": f"fastdensity.triton_kernels.{op}",
-        "torch": f"fastdensity.reference.{op}",
+        "cpu": f"fastdensity.ops.{stem}_native",
+        "cuda": f"fastdensity.ops.{stem}_native",
+        "triton": f"fastdensity.triton_kernels.{stem}",
+        "torch": f"fastdensity.reference.{stem}",
     }[backend]
-    return getattr(importlib.import_module(module), f"launch_{backend}")
+    return getattr(importlib.import_module(module), f"{op}_{backend}" if room else f"launch_{backend}")
 
 
 def native() -> Any:

@@ -24,6 +24,38 @@ def rows_cpu(
     step: int,
     threads: int,
 ) -> None: ...
+def dual_row_norm_cpu(
+    x: int,
+    out: int,
+    dtype: int,
+    planes: int,
+    rows: int,
+    size: int,
+    eps: float,
+    centered: bool,
+    weight: int,
+    bias: int,
+    multiplier: tuple[int, int, int],
+    addend: tuple[int, int, int],
+    threads: int,
+    /,
+) -> None: ...
+def dual_group_norm_cpu(
+    x: int,
+    out: int,
+    dtype: int,
+    planes: int,
+    samples: int,
+    channels: int,
+    groups: int,
+    spatial: int,
+    eps: float,
+    weight: int,
+    bias: int,
+    silu: bool,
+    threads: int,
+    /,
+) -> None: ...
 def rule_coefficients(
     type: int, alpha: float, sigma: float, alpha_next: float, sigma_next: float, sigma_data: float, /
 ) -> tuple[float, float, float, float, float, float]: ...

@@ -24,16 +24,21 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def define(
-    name: str, schema: str, reference: Callable[..., Tensor], empty_result: Callable[..., Tensor]
+    name: str,
+    schema: str,
+    reference: Callable[..., Tensor],
+    empty_result: Callable[..., Tensor],
+    room: str | None = None,
 ) -> Callable[..., Tensor]:
     """The function that runs op `name` whatever its arguments are.
 
     Args:
-        name: the stem of the op's room; its kernels are found by `fastdensity._backend.launcher(name, device)` and
-            called as `launch(*arguments, out)`.
+        name: the stem of the op's room; its kernels are found by `fastdensity._backend.launcher(name, device, room)`
+            and called as `launch(*arguments, out)`.
         schema: the argument list in torch's schema language, e.g. "Tensor x, Tensor? weight, float eps".
         reference: the op in differentiable torch, called with the same arguments.
         empty_result: the same arguments to an uninitialised result; the fake implementation, too.
+        room: the stem of the room where several ops share one.
     """
     _library.define(f"{name}({schema}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.fastdensity, name)
@@ -41,7 +46,7 @@ def define(
     def kernel(*arguments: Any) -> Tensor:
         out = empty_result(*arguments)
         if out.numel():
-            launcher(name, out.device.type)(*_resolved(arguments), out)
+            launcher(name, out.device.type, room)(*_resolved(arguments), out)
         return out
 
     def autograd(*arguments: Any) -> Tensor:
