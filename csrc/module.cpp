@@ -133,6 +133,30 @@ void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns
 }
 #endif
 
+void dual_softmax_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t tangents, std::int64_t rows,
+                        std::int64_t columns, int threads) {
+  nb::gil_scoped_release release;
+  DualSoftmaxCall call;
+  call.x = address(x), call.out = const_cast<void*>(address(out)), call.dtype = static_cast<DataType>(dtype);
+  call.tangents = tangents, call.rows = rows, call.columns = columns;
+  dual_softmax_cpu(call, threads);
+}
+
+void dual_attention_entry(std::int64_t scores, bool is_double, std::int64_t tangents, std::int64_t rows,
+                          std::int64_t columns, std::int64_t first_row, std::int64_t heads, std::int64_t length,
+                          bool causal, std::int64_t mask, bool mask_is_bool, std::int64_t mask_batch,
+                          std::int64_t mask_head, std::int64_t mask_row, std::int64_t mask_column, int threads) {
+  nb::gil_scoped_release release;
+  DualScoresCall call;
+  call.scores = const_cast<void*>(address(scores)), call.is_double = is_double;
+  call.tangents = tangents, call.rows = rows, call.columns = columns;
+  call.first_row = first_row, call.heads = heads, call.length = length, call.causal = causal;
+  call.mask = address(mask), call.mask_is_bool = mask_is_bool;
+  const std::int64_t strides[4] = {mask_batch, mask_head, mask_row, mask_column};
+  std::copy_n(strides, 4, call.mask_strides);
+  dual_attention_cpu(call, threads);
+}
+
 // The rule table as this library has it, for the test that holds it against fastdensity/rules.py.
 nb::tuple rule_coefficients(int type, double alpha, double sigma, double alpha_next, double sigma_next,
                             double sigma_data) {
@@ -220,6 +244,8 @@ NB_MODULE(_native, m) {
         nb::arg("threads"));
   m.def("dual_row_norm_cpu", &dual_row_norm_entry);
   m.def("dual_group_norm_cpu", &dual_group_norm_entry);
+  m.def("dual_softmax_cpu", &dual_softmax_entry);
+  m.def("dual_attention_cpu", &dual_attention_entry);
   m.def("set_dtypes", &set_dtypes);
   m.def("rule_coefficients", &rule_coefficients);
   m.def("philox_words", &philox_words);

@@ -88,5 +88,27 @@ struct DualNormCall {
 };
 
 void dual_norm_cpu(const DualNormCall& call, int threads);
+// x (1 + tangents, rows, columns) dense -> out, alike: softmax over the columns and its tangents.
+struct DualSoftmaxCall {
+  const void* x = nullptr;
+  void* out = nullptr;
+  DataType dtype = DataType::float32;
+  std::int64_t tangents = 0, rows = 0, columns = 0;
+};
+void dual_softmax_cpu(const DualSoftmaxCall& call, int threads);
+
+// Scores of a dual attention, (1 + tangents, rows, columns) dense, to probabilities in place. Row i is row
+// first_row + i of (batch, heads, length); element (b, h, l, s) of the mask lies at the sum of index times stride.
+struct DualScoresCall {
+  void* scores = nullptr;
+  bool is_double = false;
+  std::int64_t tangents = 0, rows = 0, columns = 0;
+  std::int64_t first_row = 0, heads = 1, length = 1;
+  bool causal = false;
+  const void* mask = nullptr;  // bytes (true: attend), or numbers to add, in the scores' type
+  bool mask_is_bool = false;
+  std::int64_t mask_strides[4] = {0, 0, 0, 0};
+};
+void dual_attention_cpu(const DualScoresCall& call, int threads);
 
 }  // namespace fastdensity

@@ -56,6 +56,28 @@ def dual_group_norm_cpu(
     threads: int,
     /,
 ) -> None: ...
+def dual_softmax_cpu(
+    x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /
+) -> None: ...
+def dual_attention_cpu(
+    scores: int,
+    is_double: bool,
+    tangents: int,
+    rows: int,
+    columns: int,
+    first_row: int,
+    heads: int,
+    length: int,
+    causal: bool,
+    mask: int,
+    mask_is_bool: bool,
+    mask_batch: int,
+    mask_head: int,
+    mask_row: int,
+    mask_column: int,
+    threads: int,
+    /,
+) -> None: ...
 def rule_coefficients(
     type: int, alpha: float, sigma: float, alpha_next: float, sigma_next: float, sigma_data: float, /
 ) -> tuple[float, float, float, float, float, float]: ...

@@ -1,0 +1,127 @@
+"""Dual attention on CPU: torch's matrix products on chunks of the scores, the dual softmax of C++ in between.
+
+A chunk is a block of queries of one head, or a few whole heads where these are small; its scores and their tangents
+stay in the cache. Queries that share a key head (grouped-query attention) are one longer block of queries to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastdensity._backend import native
+
+_native = native()
+CHUNK_BYTES = 4 * 2**20  # scores and their tangents that are held at a time
+LEAST_ROWS = 32  # of a block, below which matrix products are slow
+
+
+def _dense(tensor: Tensor, is_dual: bool, dtype: torch.dtype, heads: int, rows: int) -> list[Tensor]:
+    """[value, tangents ...], each (heads, rows, columns) in the dtype of the arithmetic."""
+    dense = tensor.to(dtype).reshape(tensor.shape[0] if is_dual else 1, heads, rows, tensor.shape[-1])
+    return list(dense.contiguous().unbind(0))
+
+
+def _dense_mask(mask: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The mask as bool or in the scores' dtype, seen as (B, H, L, S); what is expanded has stride 0, and no memory."""
+    for dimension, stride in enumerate(mask.stride()):
+        if stride == 0 and mask.shape[dimension] > 1:
+            mask = mask.narrow(dimension, 0, 1)
+    return (mask if mask.dtype == torch.bool else mask.to(dtype)).expand(shape)
+
+
+def _chunks(heads: int, rows: int, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """(heads, rows of each) that are computed together. How rows are cut does not depend on the number of heads."""
+    if 2 * rows * row_bytes <= CHUNK_BYTES:
+        group = CHUNK_BYTES // (rows * row_bytes)
+        for head in range(0, heads, group):
+            yield slice(head, min(head + group, heads)), slice(0, rows)
+        return
+    most = max(CHUNK_BYTES // row_bytes, LEAST_ROWS)
+    block = -(-rows // -(-rows // most))
+    block = min(-(-block // 16) * 16, rows)
+    for head in range(heads):
+        for row in range(0, rows, block):
+            yield slice(head, head + 1), slice(row, min(row + block, rows))
+
+
+def launch_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_dual: bool,
+    key_dual: bool,
+    value_dual: bool,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Run on CPU memory, on torch's number of threads; the contract is that of `fastdensity.reference.dual_attention`.
+
+    `out` (1 + K, B, H, L, Ev) is contiguous and not empty.
+    """
+    batch, heads, length = out.shape[1:4]
+    key_heads, keys = key.shape[-3:-1]
+    if keys == 0:
+        out.zero_()
+        return
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    groups, rows = batch * key_heads, heads // key_heads * length
+    q = _dense(query, query_dual, dtype, groups, rows)
+    k = _dense(key, key_dual, dtype, groups, keys)
+    v = _dense(value, value_dual, dtype, groups, keys)
+    result = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype)
+    o = result.view(out.shape[0], groups, rows, out.shape[-1]).unbind(0)
+    planes = out.shape[0] if query_dual or key_dual else 1
+    where = (heads, length, causal, 0, False, 0, 0, 0, 0)
+    if mask is not None:
+        mask = _dense_mask(mask, dtype, (batch, heads, length, keys))
+        where = (heads, length, causal, mask.data_ptr(), mask.dtype == torch.bool, *mask.stride())
+
+    itemsize, threads = result.element_size(), torch.get_num_threads()
+    scratch = torch.empty(0, dtype=dtype)
+    for head, row in _chunks(groups, rows, planes * keys * itemsize):
+        reach = _reach(row, length, keys) if causal else keys
+        shape = (planes, head.stop - head.start, row.stop - row.start, reach)
+        seen = slice(0, reach)
+        size = planes * shape[1] * shape[2] * reach
+        if scratch.numel() < size:
+            scratch = torch.empty(size, dtype=dtype)
+        scores = scratch[:size].view(shape)
+        s = scores.unbind(0)
+        _scores(s, [x[head, row] for x in q], [x[head, seen] for x in k], scale)
+        first = head.start * rows + row.start
+        sizes = (planes - 1, shape[1] * shape[2], reach, first)
+        _native.dual_attention_cpu(scores.data_ptr(), itemsize == 8, *sizes, *where, threads)
+        _outputs([x[head, row] for x in o], s, [x[head, seen] for x in v])
+    if result is not out:
+        out.copy_(result)
+
+
+def _reach(row: slice, length: int, keys: int) -> int:
+    """How many keys the block of rows sees under a causal mask: those up to its last query."""
+    within_a_head = row.start // length == (row.stop - 1) // length
+    return min(keys, (row.stop - 1) % length + 1) if within_a_head else min(keys, length)
+
+
+def _scores(s: tuple[Tensor, ...], q: list[Tensor], k: list[Tensor], scale: float) -> None:
+    """S = scale Q K^T and tS = scale (tQ K^T + Q tK^T) into `s`; beta = 0 reads nothing of what was there."""
+    torch.baddbmm(s[0], q[0], k[0].mT, beta=0, alpha=scale, out=s[0])
+    for i, target in enumerate(s[1:], 1):
+        if len(q) > 1:
+            torch.baddbmm(target, q[i], k[0].mT, beta=0, alpha=scale, out=target)
+        if len(k) > 1:
+            torch.baddbmm(target, q[0], k[i].mT, beta=int(len(q) > 1), alpha=scale, out=target)
+
+
+def _outputs(o: list[Tensor], p: tuple[Tensor, ...], v: list[Tensor]) -> None:
+    """O = P V and tO = tP V + P tV into `o`."""
+    torch.bmm(p[0], v[0], out=o[0])
+    for i, target in enumerate(o[1:], 1):
+        if len(p) > 1:
+            torch.bmm(p[i], v[0], out=target)
+        if len(v) > 1:
+            torch.baddbmm(target, p[0], v[i], beta=int(len(p) > 1), out=target)

@@ -1,0 +1,21 @@
+"""Hands a dual softmax to the compiled kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdensity._backend import native
+from fastdensity.boundary import FLOATING
+
+_native = native()
+DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(FLOATING)}  # as DataType in csrc/ops.h
+
+
+def launch_cpu(x: Tensor, out: Tensor) -> None:
+    """Run on CPU memory, on torch's number of threads; `out` (1 + K, *S) is contiguous and not empty."""
+    x = x.contiguous()
+    planes, columns = x.shape[0], x.shape[-1]
+    rows = x.numel() // (planes * columns)
+    threads = torch.get_num_threads()
+    _native.dual_softmax_cpu(x.data_ptr(), out.data_ptr(), DTYPE_NUMBERS[x.dtype], planes - 1, rows, columns, threads)
