@@ -132,6 +132,16 @@ void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns
 }
 #endif
 
+void dual_conv_cpu_entry(std::int64_t out, std::int64_t bias, int dtype, std::int64_t parts, std::int64_t planes,
+                         std::int64_t channels, std::int64_t pixels, int activation, int threads) {
+  nb::gil_scoped_release release;
+  DualConvCall call;
+  call.out = const_cast<void*>(address(out)), call.bias = bias ? address(bias) : nullptr;
+  call.dtype = static_cast<DataType>(dtype), call.activation = activation;
+  call.parts = parts, call.planes = planes, call.channels = channels, call.pixels = pixels;
+  dual_conv_cpu(call, threads);
+}
+
 // The rule table as this library has it, for the test that holds it against fastdensity/rules.py.
 nb::tuple rule_coefficients(int type, double alpha, double sigma, double alpha_next, double sigma_next,
                             double sigma_data) {
@@ -181,6 +191,7 @@ NB_MODULE(_native, m) {
         nb::arg("contiguous"),        nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(), nb::arg("v2").none(), nb::arg("out"),
         nb::arg("parameters"), nb::arg("report").none(), nb::arg("seed"), nb::arg("sample_ids").none(), nb::arg("step"),
         nb::arg("threads"));
+  m.def("dual_conv_cpu", &dual_conv_cpu_entry);
   m.def("set_dtypes", &set_dtypes);
   m.def("rule_coefficients", &rule_coefficients);
   m.def("philox_words", &philox_words);
