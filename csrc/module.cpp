@@ -157,6 +157,16 @@ void dual_attention_entry(std::int64_t scores, bool is_double, std::int64_t tang
   dual_attention_cpu(call, threads);
 }
 
+void dual_conv_cpu_entry(std::int64_t out, std::int64_t bias, int dtype, std::int64_t parts, std::int64_t planes,
+                         std::int64_t channels, std::int64_t pixels, int activation, int threads) {
+  nb::gil_scoped_release release;
+  DualConvCall call;
+  call.out = const_cast<void*>(address(out)), call.bias = bias ? address(bias) : nullptr;
+  call.dtype = static_cast<DataType>(dtype), call.activation = activation;
+  call.parts = parts, call.planes = planes, call.channels = channels, call.pixels = pixels;
+  dual_conv_cpu(call, threads);
+}
+
 // The rule table as this library has it, for the test that holds it against fastdensity/rules.py.
 nb::tuple rule_coefficients(int type, double alpha, double sigma, double alpha_next, double sigma_next,
                             double sigma_data) {
@@ -246,6 +256,7 @@ NB_MODULE(_native, m) {
   m.def("dual_group_norm_cpu", &dual_group_norm_entry);
   m.def("dual_softmax_cpu", &dual_softmax_entry);
   m.def("dual_attention_cpu", &dual_attention_entry);
+  m.def("dual_conv_cpu", &dual_conv_cpu_entry);
   m.def("set_dtypes", &set_dtypes);
   m.def("rule_coefficients", &rule_coefficients);
   m.def("philox_words", &philox_words);

@@ -59,6 +59,17 @@ inline bool accumulates_in_double(const RowsCall& call) {
 
 void rows_cpu(const RowsCall& call, int threads);
 
+// What follows a dual convolution: fastdensity/reference/dual_conv.py. In place on (parts, planes, pixels), where plane p
+// belongs to channel p % channels.
+struct DualConvCall {
+  void* out = nullptr;
+  const void* bias = nullptr;  // (channels,), or nullptr
+  DataType dtype = DataType::float32;
+  std::int64_t parts = 0, planes = 0, channels = 0, pixels = 0;
+  int activation = 0;  // 0 none, 1 relu, 2 silu
+};
+void dual_conv_cpu(const DualConvCall& call, int threads);
+
 // Launches on `stream` (a cudaStream_t) of the current device; `scratch` may be null where rows_cuda_scratch is 0.
 // Returns nullptr, or the CUDA error as text.
 std::int64_t rows_cuda_scratch(const RowsCall& call);  // bytes

@@ -78,6 +78,18 @@ def dual_attention_cpu(
     threads: int,
     /,
 ) -> None: ...
+def dual_conv_cpu(
+    out: int,
+    bias: int,
+    dtype: int,
+    parts: int,
+    planes: int,
+    channels: int,
+    pixels: int,
+    activation: int,
+    threads: int,
+    /,
+) -> None: ...
 def rule_coefficients(
     type: int, alpha: float, sigma: float, alpha_next: float, sigma_next: float, sigma_data: float, /
 ) -> tuple[float, float, float, float, float, float]: ...
