@@ -7,6 +7,7 @@ house. Formulas: Karczewski, Heinonen and Garg, "Devil is in the Details" (ICML 
 from fastdensity.conversions import from_epsilon, to_epsilon, to_sample, to_score
 from fastdensity.flow import Flow
 from fastdensity.guidance import DensityGuidance, HighDensity, StochasticDensityGuidance
+from fastdensity.jvp import explain, jvp, trace_jvp
 from fastdensity.mixture import GaussianMixture
 from fastdensity.ops.rows import guide_prediction, guided_drift, guided_step
 from fastdensity.ops.rows_prior import scale_prior
@@ -30,10 +31,12 @@ __all__ = [
     "Schedule",
     "StepResult",
     "StochasticDensityGuidance",
+    "explain",
     "from_epsilon",
     "guide_prediction",
     "guided_drift",
     "guided_step",
+    "jvp",
     "karras_sigmas",
     "lam_from_alpha_sigma",
     "log_prob",
@@ -42,4 +45,5 @@ __all__ = [
     "to_epsilon",
     "to_sample",
     "to_score",
+    "trace_jvp",
 ]

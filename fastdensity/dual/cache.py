@@ -1,0 +1,169 @@
+"""One trace per kind of arguments: where dual graphs are kept, and when they hold.
+
+The graphs of a module live and die with it: they are kept in an attribute of the module that does not show in its
+state, is not copied and not pickled. Those of functions that call no module are kept in a bounded table.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fastdensity.boundary import describe
+from fastdensity.dual.capture import Captured, capture
+from fastdensity.dual.functional import make_functional
+from fastdensity.dual.precision import make_casts_explicit
+from fastdensity.dual.rewrite import Record, rewrite
+from fastdensity.dual.tracing import Traced, trace
+from fastdensity.dual.watch import Watch
+
+_ATTRIBUTE = "_fastdensity_duals"
+_MOST_GRAPHS = 64
+_MANY_TRACES = 16
+_lock = threading.RLock()
+
+
+class Dual:
+    """A dual graph with what it was made from."""
+
+    def __init__(self, captured: Captured, primals: tuple[Any, ...], autocast: bool) -> None:
+        self.traced: Traced = trace(captured, primals)
+        make_functional(self.traced.graph, self.traced.module, self.traced.sources)
+        make_casts_explicit(self.traced.graph, autocast)
+        self.records: list[Record]
+        self.graph, self.records = rewrite(self.traced)
+        self.tensors = captured.tensors  # of the latest call
+        self.watch = Watch(captured.modules, captured.objects)
+        self.captured = captured  # keeps what the key names alive
+        self.device_type = primals[0].device.type
+
+    def run(self, primals: tuple[Any, ...], vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The graph on these arguments; what autocast did is in the graph already."""
+        if torch.is_autocast_enabled(self.device_type):
+            with torch.autocast(self.device_type, enabled=False):
+                return self.graph(primals, vectors, self.tensors)  # type: ignore[no-any-return]
+        return self.graph(primals, vectors, self.tensors)  # type: ignore[no-any-return]
+
+    def bound_graph(self, fn: Callable[..., Any]) -> fx.GraphModule:
+        """The graph with the closed-over tensors as they are now."""
+        return rewrite(self.traced, capture(fn).tensors)[0]
+
+
+class _Store:
+    """The graphs of one module."""
+
+    def __init__(self) -> None:
+        self.exact: OrderedDict[Hashable, Dual] = OrderedDict()  # by all shapes
+        self.general: dict[Hashable, list[Dual]] = {}  # by all shapes but the batch's
+        self.traces = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of the module start anew
+        return _Store, ()
+
+    def __deepcopy__(self, memo: Any) -> _Store:
+        return _Store()
+
+    def put(self, key: Hashable, general: Hashable, dual: Dual) -> None:
+        self.exact[key] = dual
+        if dual.traced.batch is not None and dual not in (duals := self.general.setdefault(general, [])):
+            duals.append(dual)
+        while len(self.exact) > _MOST_GRAPHS:
+            self.exact.popitem(last=False)
+
+    def forget(self, dual: Dual) -> None:
+        """Drop a graph that no longer holds."""
+        self.exact = OrderedDict((key, kept) for key, kept in self.exact.items() if kept is not dual)
+        for duals in self.general.values():
+            if dual in duals:
+                duals.remove(dual)
+
+
+_functions = _Store()
+
+
+def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> Dual:
+    """The dual of fn for such arguments: a kept one that still holds, or a new trace."""
+    if not callable(fn):
+        raise TypeError(f"fn must be a module or a function, got {describe(fn)}")
+    captured = capture(fn)
+    store = _store(captured)
+    leaves, structure = _leaves(primals)
+    x = primals[0]
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    mode = (captured.key, structure, torch.get_autocast_dtype(device) if autocast else None)
+    everything = leaves + captured.tensors
+    key = (mode, *map(_kind, everything))
+    dual = store.exact.get(key)
+    if dual is not None and dual.watch.fresh():
+        dual.tensors = captured.tensors
+        return dual
+    with _lock:
+        return _find_slowly(captured, primals, store, dual, key, (mode, everything, x), autocast)
+
+
+def _find_slowly(
+    captured: Captured,
+    primals: tuple[Any, ...],
+    store: _Store,
+    stale: Dual | None,
+    key: Hashable,
+    parts: tuple[Any, list[Any], Tensor],
+    autocast: bool,
+) -> Dual:
+    if stale is not None:
+        store.forget(stale)
+    mode, everything, x = parts
+    batch = x.shape[0] if x.dim() else 0
+    general = (mode, *(_kind(leaf, batch) for leaf in everything))
+    for dual in list(store.general.get(general, ())):
+        if not dual.watch.fresh():
+            store.forget(dual)
+        elif dual.traced.holds_for(batch):
+            store.put(key, general, dual)
+            dual.tensors = captured.tensors
+            return dual
+    dual = Dual(captured, primals, autocast)
+    store.put(key, general, dual)
+    store.traces += 1
+    if store.traces == _MANY_TRACES:
+        warnings.warn(
+            f"fd.jvp has traced this network {_MANY_TRACES} times; what changes between calls (a Python number, an "
+            "attribute, a shape) is a constant of the trace: pass it as a tensor",
+            stacklevel=4,
+        )
+    return dual
+
+
+def _store(captured: Captured) -> _Store:
+    if not captured.modules:
+        return _functions
+    attributes = vars(captured.modules[0])
+    store = attributes.get(_ATTRIBUTE)
+    if store is None:
+        store = attributes[_ATTRIBUTE] = _Store()
+    return store  # type: ignore[no-any-return]
+
+
+def _leaves(primals: tuple[Any, ...]) -> tuple[list[Any], Hashable]:
+    if all(isinstance(leaf, Tensor) for leaf in primals):
+        return list(primals), len(primals)
+    leaves, structure = pytree.tree_flatten(primals)
+    return leaves, str(structure)
+
+
+def _kind(leaf: Any, batch: int = -1) -> Hashable:
+    """What a trace depends on in an argument; the batch size is left open where it stands first."""
+    if not isinstance(leaf, Tensor):
+        return type(leaf), leaf
+    shape: Any = leaf.shape
+    if batch > 1 and len(shape) and shape[0] == batch:
+        shape = ("batch", *shape[1:])
+    return shape, leaf.dtype, leaf.device

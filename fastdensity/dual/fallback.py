@@ -1,0 +1,91 @@
+"""Nodes without a rule: torch.func.jvp of that one node, vectorised over its tangents.
+
+torch computes the forward derivative of its own operators, or says that it cannot. For an operator of anyone else
+`torch.func.jvp` returns a zero tangent without a word unless its author has written one in C++; those are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from fastdensity.dual.functional import line_of
+
+aten = torch.ops.aten
+# results that are constant wherever they are differentiable, or that torch cuts off from differentiation
+_NO_TANGENT = {
+    "detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
+    "new_zeros", "new_ones", "new_empty", "new_full", "sign", "sgn", "floor", "ceil", "round", "trunc",
+    "floor_divide", "bernoulli", "heaviside", "sym_size", "sym_stride", "sym_numel", "size", "numel",
+}  # fmt: skip
+
+
+def has_no_tangent(node: fx.Node) -> bool:
+    """Is the result no floating tensor, or one that does not change with the input?"""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name.split("::")[1] in _NO_TANGENT:
+        return True
+    value = node.meta.get("val")
+    results = value if isinstance(value, (tuple, list)) else (value,)
+    return not any(isinstance(item, Tensor) and item.is_floating_point() for item in results)
+
+
+def emit(builder: Any, node: fx.Node) -> fx.Node:
+    """The fallback as a rule. NotImplementedError, with the user's line, where torch has no forward derivative."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+        raise NotImplementedError(
+            f"{target} has no forward-mode rule known here, at {line_of(node)}; forward mode through it would be a "
+            "silent zero. Write it in torch operators"
+        )
+    flat, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    positions = [number for number, item in enumerate(flat) if builder.dual(item)]
+    duals = [builder.new[flat[number]] for number in positions]
+    constants = [None if number in positions else builder.plain(item) for number, item in enumerate(flat)]
+    call = NodeCall(target, spec, positions, line_of(node))
+    return builder.call(call, duals, constants)  # type: ignore[no-any-return]
+
+
+class NodeCall:
+    """One operator on duals: `call([stacked, ...], [other arguments])` is its dual result, or a tuple of them."""
+
+    def __init__(self, target: Any, spec: Any, positions: list[int], line: str) -> None:
+        self.target, self.spec, self.positions, self.line = target, spec, positions, line
+        self.__name__ = f"jvp_of_{str(target).replace('.', '_')}"  # what the printed graph shows
+        self.__module__, self.__qualname__ = __name__, self.__name__
+
+    def __call__(self, duals: list[Tensor], constants: list[Any]) -> Any:
+        def call(*values: Tensor) -> Any:
+            flat = list(constants)
+            for position, value in zip(self.positions, values, strict=True):
+                flat[position] = value
+            arguments, keywords = pytree.tree_unflatten(flat, self.spec)
+            return self.target(*arguments, **keywords)
+
+        primals = tuple(dual[0] for dual in duals)
+
+        def push(*tangents: Tensor) -> Any:
+            return torch.func.jvp(call, primals, tangents)
+
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                values, tangents = torch.func.vmap(push, out_dims=(None, 0), randomness="same")(
+                    *(dual[1:] for dual in duals)
+                )
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{self.target} has no forward-mode rule in torch, at {self.line}") from error
+        return _restack(values, tangents)
+
+
+def _restack(values: Any, tangents: Any) -> Any:
+    if isinstance(values, Tensor):
+        if not values.is_floating_point():
+            return values
+        return torch.cat([values.unsqueeze(0), tangents])
+    return tuple(_restack(value, tangent) for value, tangent in zip(values, tangents, strict=True))

@@ -1,0 +1,129 @@
+"""Small functions that dual graphs call; torch code that every transform and compiler follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def stack(value: Tensor, tangents: Tensor) -> Tensor:
+    """`(*shape)` and `(K, *shape)` to one dual `(1 + K, *shape)`."""
+    return torch.cat([value.unsqueeze(0), tangents])
+
+
+def promote(value: Tensor, count: int) -> Tensor:
+    """A plain tensor as a dual whose tangents are zero."""
+    return torch.cat([value.unsqueeze(0), value.new_zeros((count - 1, *value.shape))])
+
+
+def without_grad(stacked: Tensor, line: str) -> Tensor:
+    """What was computed under torch.no_grad in the user's code, where forward mode goes on and reverse mode must not."""
+    if torch.is_grad_enabled() and stacked.requires_grad:
+        raise RuntimeError(
+            f"backward through a jvp cannot pass a torch.no_grad block, at {line}; call jvp under torch.no_grad, "
+            "or leave the block out of fn"
+        )
+    return stacked
+
+
+def add_to_value(stacked: Tensor, bias: Tensor, trailing: int = 0) -> Tensor:
+    """stacked with `bias` added to its value; the bias stands before `trailing` dimensions."""
+    bias = bias.reshape(*bias.shape, *(1,) * trailing)
+    return torch.cat([(stacked[0] + bias).unsqueeze(0), stacked[1:]])
+
+
+def unflatten_like(flat: Tensor, stacked: Tensor) -> Tensor:
+    """The first dimension of `flat` split as the first two of `stacked`."""
+    return flat.reshape(stacked.shape[0], stacked.shape[1], *flat.shape[1:])
+
+
+def product(multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+    """The dual of a bilinear product of two duals."""
+    value = multiply(left[0], right[0])
+    tangents = multiply(left[1:], right[:1]) + multiply(left[:1], right[1:])
+    return stack(value, tangents)
+
+
+def einsum(equation: str, operands: list[Tensor], duals: list[bool]) -> Tensor:
+    """torch.einsum on duals and plain tensors."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    letter = next(letter for letter in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQPONMLKJIHGFEDCBA" if letter not in equation)
+    if sum(duals) == 1:
+        dual_terms = [letter + term if dual else term for term, dual in zip(terms, duals, strict=True)]
+        return torch.einsum(f"{','.join(dual_terms)}->{letter}{output}", operands)
+    values = [operand[0] if dual else operand for operand, dual in zip(operands, duals, strict=True)]
+    tangents = None
+    for position, dual in enumerate(duals):
+        if dual:
+            moved = [letter + term if number == position else term for number, term in enumerate(terms)]
+            parts = [operands[position][1:] if number == position else value for number, value in enumerate(values)]
+            part = torch.einsum(f"{','.join(moved)}->{letter}{output}", parts)
+            tangents = part if tangents is None else tangents + part
+    assert tangents is not None
+    return stack(torch.einsum(equation, values), tangents)
+
+
+def masked_fill(stacked: Tensor, mask: Tensor, number: float) -> Tensor:
+    """`value.masked_fill(mask, number)`, tangents zero where it is filled."""
+    return stack(stacked[0].masked_fill(mask, number), stacked[1:].masked_fill(mask, 0))
+
+
+def dropout(target: Callable[..., Tensor], stacked: Tensor, probability: float) -> Tensor:
+    """Dropout in training mode, with one mask for the value and its tangents."""
+    return stacked * target(torch.ones_like(stacked[0]), probability, True)
+
+
+def select_elements(target: Callable[..., tuple[Tensor, Tensor]], stacked: Tensor, *rest: Any, **keywords: Any) -> Any:
+    """max, min, sort or topk along a dimension: (dual values, indices)."""
+    values, indices = target(stacked[0], *rest, **keywords)
+    dim, keep = _selected_dim(target, rest, keywords)
+    chosen = indices if values.dim() == stacked.dim() - 1 else indices.unsqueeze(dim)
+    moved = chosen.unsqueeze(0).expand(stacked.shape[0] - 1, *chosen.shape)
+    tangents = stacked[1:].gather(dim if dim < 0 else dim + 1, moved)
+    if not keep and values.dim() != stacked.dim() - 1:
+        tangents = tangents.squeeze(dim if dim < 0 else dim + 1)
+    return stack(values, tangents), indices
+
+
+def _selected_dim(target: Any, rest: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[int, bool]:
+    name = target._schema.name.split("::")[1]
+    if "dim" in keywords:
+        return keywords["dim"], True
+    if name in ("max", "min"):
+        return rest[0], len(rest) > 1 and rest[1]
+    position = 1 if name == "topk" or target._overloadname == "stable" else 0
+    return (rest[position] if len(rest) > position else -1), True
+
+
+def batch_norm(
+    stacked: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    """Batch norm with running statistics on (1 + K, B, C, *)."""
+    gain = torch.rsqrt(variance + eps)
+    if weight is not None:
+        gain = gain * weight
+    shift = -mean * gain if bias is None else bias - mean * gain
+    trailing = (1,) * (stacked.dim() - 3)
+    scaled = stacked * gain.reshape(-1, *trailing).to(stacked.dtype)
+    return add_to_value(scaled, shift.to(stacked.dtype), len(trailing))
+
+
+def attention_with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, probability: float
+) -> Tensor:
+    """Attention in training mode: one dropout mask on the probabilities, for the value and its tangents."""
+    scores = product(torch.matmul, query * scale, key.mT)
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril() if causal else mask
+    if allowed is not None and allowed.dtype == torch.bool:
+        scores = masked_fill(scores, ~allowed, -torch.inf)
+    elif allowed is not None:
+        scores = stack(scores[0] + allowed, scores[1:])
+    probabilities = torch.softmax(scores[0], -1)
+    weighted = probabilities * scores[1:].masked_fill(probabilities == 0, 0)
+    tangents = weighted - probabilities * weighted.sum(-1, keepdim=True)
+    dropped = dropout(torch.ops.aten.dropout.default, stack(probabilities, tangents), probability)
+    return product(torch.matmul, dropped, value)
