@@ -4,7 +4,9 @@
 // caller has checked it: addresses are valid, rows are dense, `out` equals an operand or overlaps none.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace fastdensity {
 
@@ -63,5 +65,31 @@ void rows_cpu(const RowsCall& call, int threads);
 // Returns nullptr, or the CUDA error as text.
 std::int64_t rows_cuda_scratch(const RowsCall& call);  // bytes
 const char* rows_cuda(const RowsCall& call, void* scratch, void* stream);
+
+// A chain of elementwise operations on duals: fastdensity/reference/dual_chain.py.
+struct ChainStep {
+  int operation = 0;                // chain::Operation
+  std::size_t left = 0, right = 0;  // values: the inputs, then the results of the steps before
+  double constant = 0;
+};
+
+// Strides in elements over the dimensions of the result, 0 where the input is broadcast.
+struct ChainInput {
+  const void* data = nullptr;
+  bool dual = false;
+  std::int64_t tangent_stride = 0;
+  std::vector<std::int64_t> strides;
+};
+
+struct ChainCall {
+  DataType dtype = DataType::float32;  // of every input and of the result
+  std::vector<ChainInput> inputs;
+  std::vector<ChainStep> steps;
+  std::int64_t tangents = 0;
+  std::vector<std::int64_t> sizes;  // of the result, without the tangents
+  void* out = nullptr;              // dense; the very memory of inputs[0], or none of an input's
+};
+
+void dual_chain_cpu(ChainCall call, int threads);
 
 }  // namespace fastdensity
