@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "ops.h"
 #include "philox.h"
@@ -234,6 +236,41 @@ void dual_group_norm_entry(std::int64_t x, std::int64_t out, int dtype, std::int
   call.groups = groups, call.spatial = spatial, call.silu = silu;
   nb::gil_scoped_release release;
   dual_norm_cpu(call, threads);
+std::vector<std::int64_t> integers(nb::handle tuple) {
+  std::vector<std::int64_t> values;
+  for (nb::handle item : nb::borrow<nb::tuple>(tuple)) values.push_back(integer(item));
+  return values;
+}
+
+// (address, is it dual, shape, strides) -> an input whose strides are those of the result's dimensions.
+ChainInput chain_input(nb::tuple item, std::size_t rank) {
+  ChainInput input;
+  input.data = address(integer(item[0]));
+  input.dual = nb::cast<bool>(item[1]);
+  const std::vector<std::int64_t> shape = integers(item[2]), strides = integers(item[3]);
+  const std::size_t first = input.dual ? 1 : 0, own = shape.size() - first;
+  if (shape.size() < first || own > rank) throw std::invalid_argument("an input has more dimensions than the result");
+  if (input.dual) input.tangent_stride = strides[0];
+  input.strides.assign(rank, 0);
+  for (std::size_t i = 0; i < own; ++i) input.strides[rank - own + i] = shape[first + i] == 1 ? 0 : strides[first + i];
+  return input;
+}
+
+void dual_chain_cpu_entry(nb::tuple code, int dtype, nb::tuple inputs, std::int64_t out, nb::tuple shape, int threads) {
+  ChainCall call;
+  call.dtype = static_cast<DataType>(dtype);
+  call.sizes = integers(shape);
+  call.tangents = call.sizes.at(0) - 1;
+  call.sizes.erase(call.sizes.begin());
+  for (nb::handle item : inputs) call.inputs.push_back(chain_input(nb::borrow<nb::tuple>(item), call.sizes.size()));
+  for (nb::handle item : code) {
+    const nb::tuple step = nb::borrow<nb::tuple>(item);
+    call.steps.push_back({nb::cast<int>(step[0]), nb::cast<std::size_t>(step[1]), nb::cast<std::size_t>(step[2]),
+                          nb::cast<double>(step[3])});
+  }
+  call.out = const_cast<void*>(address(out));
+  nb::gil_scoped_release release;
+  dual_chain_cpu(std::move(call), threads);
 }
 
 }  // namespace
@@ -257,6 +294,7 @@ NB_MODULE(_native, m) {
   m.def("dual_softmax_cpu", &dual_softmax_entry);
   m.def("dual_attention_cpu", &dual_attention_entry);
   m.def("dual_conv_cpu", &dual_conv_cpu_entry);
+  m.def("dual_chain_cpu", &dual_chain_cpu_entry);
   m.def("set_dtypes", &set_dtypes);
   m.def("rule_coefficients", &rule_coefficients);
   m.def("philox_words", &philox_words);

@@ -4,7 +4,9 @@
 // caller has checked it: addresses are valid, rows are dense, `out` equals an operand or overlaps none.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace fastdensity {
 
@@ -99,6 +101,7 @@ struct DualNormCall {
 };
 
 void dual_norm_cpu(const DualNormCall& call, int threads);
+
 // x (1 + tangents, rows, columns) dense -> out, alike: softmax over the columns and its tangents.
 struct DualSoftmaxCall {
   const void* x = nullptr;
@@ -121,5 +124,31 @@ struct DualScoresCall {
   std::int64_t mask_strides[4] = {0, 0, 0, 0};
 };
 void dual_attention_cpu(const DualScoresCall& call, int threads);
+
+// A chain of elementwise operations on duals: fastdensity/reference/dual_chain.py.
+struct ChainStep {
+  int operation = 0;                // chain::Operation
+  std::size_t left = 0, right = 0;  // values: the inputs, then the results of the steps before
+  double constant = 0;
+};
+
+// Strides in elements over the dimensions of the result, 0 where the input is broadcast.
+struct ChainInput {
+  const void* data = nullptr;
+  bool dual = false;
+  std::int64_t tangent_stride = 0;
+  std::vector<std::int64_t> strides;
+};
+
+struct ChainCall {
+  DataType dtype = DataType::float32;  // of every input and of the result
+  std::vector<ChainInput> inputs;
+  std::vector<ChainStep> steps;
+  std::int64_t tangents = 0;
+  std::vector<std::int64_t> sizes;  // of the result, without the tangents
+  void* out = nullptr;              // dense; the very memory of inputs[0], or none of an input's
+};
+
+void dual_chain_cpu(ChainCall call, int threads);
 
 }  // namespace fastdensity

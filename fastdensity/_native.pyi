@@ -90,6 +90,15 @@ def dual_conv_cpu(
     threads: int,
     /,
 ) -> None: ...
+def dual_chain_cpu(
+    code: tuple[tuple[int, int, int, float], ...],
+    dtype: int,
+    inputs: tuple[tuple[int, bool, tuple[int, ...], tuple[int, ...]], ...],
+    out: int,
+    shape: tuple[int, ...],
+    threads: int,
+    /,
+) -> None: ...
 def rule_coefficients(
     type: int, alpha: float, sigma: float, alpha_next: float, sigma_next: float, sigma_data: float, /
 ) -> tuple[float, float, float, float, float, float]: ...
