@@ -236,6 +236,8 @@ void dual_group_norm_entry(std::int64_t x, std::int64_t out, int dtype, std::int
   call.groups = groups, call.spatial = spatial, call.silu = silu;
   nb::gil_scoped_release release;
   dual_norm_cpu(call, threads);
+}
+
 std::vector<std::int64_t> integers(nb::handle tuple) {
   std::vector<std::int64_t> values;
   for (nb::handle item : nb::borrow<nb::tuple>(tuple)) values.push_back(integer(item));
