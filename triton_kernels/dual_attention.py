@@ -71,8 +71,8 @@ def blocks(itemsize: int, columns: int, tangents: int, modern: bool) -> dict[str
     if itemsize == 2 and columns <= 128:
         keys = 32 if modern else 16
         return {"GROUP": 1, "QUERIES": 128, "KEYS": keys, "SLICE": columns, "num_warps": 8, "num_stages": 2}
-    queries = 32 if itemsize * columns <= 512 and itemsize < 8 else 16
-    warps = 4 if columns <= 64 else 8
+    queries = 32 if (itemsize == 4 and columns <= 64) or (itemsize == 2 and columns <= 256) else 16
+    warps = 4 if columns <= (128 if itemsize == 4 else 64) else 8
     return {"GROUP": 1, "QUERIES": queries, "KEYS": 16, "SLICE": 16, "num_warps": warps, "num_stages": 1}
 
 
