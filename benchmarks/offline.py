@@ -2,8 +2,8 @@
 
 `python -m benchmarks.offline` compiles the variants of every room for four targets and prints docs/kernels.md's table;
 `--json` prints one JSON object per kernel and target, `--rooms` chooses. The variants are in benchmarks/offline_*.py.
-Launch configurations are those of the package itself, on tensors without memory; a kernel goes through the same
-specialisation as in a real launch, under a driver that names the target. The assembler and disassembler come with Triton.
+Launch configurations are those of the package itself, on tensors without memory; a kernel is specialised as in a real
+launch, under a driver that does nothing but name the target. Assembler and disassembler come with Triton.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 }
 # what multiplies matrices of 16-bit numbers there
 MATRIX_INSTRUCTIONS = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCHMMA", "HMMA"), "gfx942": ("MFMA",)}
-# room -> the module that lists its variants: `cases(target)`, or where one module lists several, `cases(target, room)`
+# room -> the module that lists its variants: `cases(target, brief)`, the rooms' cases in a row where it lists several
 ROOMS = {"rows": "benchmarks.offline_rows", "dual_conv": "benchmarks.offline_dual"}
 
 
@@ -88,12 +88,12 @@ class _Code(NamedTuple):
     instructions: int
 
 
-def cases(room: str, target: str) -> list[Case]:
-    """The variants of a room; ValueError where the room is unknown."""
+def cases(room: str, target: str, brief: bool = False) -> list[Case]:
+    """The variants of a room, or few that stand for them; ValueError where the room is unknown."""
     if room not in ROOMS:
         raise ValueError(f"room must be one of {', '.join(ROOMS)}, got {room!r}")
     listed = import_module(ROOMS[room])
-    found: list[Case] = [case for case in listed.cases(target) if case.room == room]
+    found: list[Case] = [case for case in listed.cases(target, brief) if case.room == room]
     return found
 
 
@@ -204,9 +204,11 @@ def _compile_here() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # a process that interprets cannot compile
 
 
-def measure_all(targets: list[str], rooms: list[str] | None = None, processes: int = 2) -> list[Resources]:
-    """Every variant of these rooms (all of them) on every target, compiled in `processes` processes of their own."""
-    jobs = [(case, target) for room in rooms or ROOMS for target in targets for case in cases(room, target)]
+def measure_all(
+    targets: list[str], rooms: list[str] | None = None, brief: bool = False, processes: int = 2
+) -> list[Resources]:
+    """The variants of these rooms (all of them) on every target, compiled in `processes` processes of their own."""
+    jobs = [(case, target) for room in rooms or ROOMS for target in targets for case in cases(room, target, brief)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_compile_here) as pool:
         return [row for found in pool.map(_measure, jobs, chunksize=2) for row in found]

@@ -48,19 +48,19 @@ class RowsCase:
         ]
 
 
-def cases(target: str) -> list[RowsCase]:
+def cases(target: str, brief: bool = False) -> list[RowsCase]:
     """Every rule and prediction type; the dtypes and both regimes on the type with the most arithmetic, EDM.
 
-    Prediction types differ in a few scalar instructions, so all of them are compiled for one target only.
+    Prediction types differ in a few scalar instructions, so all of them are compiled for one target only; in brief,
+    dtypes too, but for the one with the most registers.
     """
     edm = partial(RowsCase, "step", "edm")
     found = []
     if target == "sm_90":
         found += [RowsCase("prediction", kind) for kind in rules.PREDICTION_TYPES]
         found += [RowsCase("step", kind, noise="drawn") for kind in rules.PREDICTION_TYPES]
-    for state, prediction, longest in (
-        ("float32", "float32", 16_384), ("float32", "bfloat16", 16_384), ("float64", "float64", 8_192),
-    ):  # fmt: skip
+    dtypes = [("float32", "float32", 16_384), ("float32", "bfloat16", 16_384), ("float64", "float64", 8_192)]
+    for state, prediction, longest in dtypes[:1] if brief and target != "sm_90" else dtypes:
         found += [
             RowsCase("drift", "epsilon", state, prediction, longest),
             edm(state, prediction, longest, uncond=True),

@@ -6,7 +6,8 @@ weights serves all of them, and the activation's slope never leaves registers.
 
 `images` counts the images of one part (the value or a tangent). Without an activation nothing ties the parts together:
 the launcher passes all of them as one part of (1 + K) B images, of which the first `biased` get the bias.
-Pixels and where a tile begins have 64 bits, offsets within a plane 32.
+Pixels and where a tile begins have 64 bits, offsets within a plane 32. Tuples grow by addition, since Triton's compiler
+knows no starred expressions.
 """
 
 from __future__ import annotations
@@ -20,16 +21,9 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
-def _number(values, DTYPE: tl.constexpr):
-    """Loaded elements as the arithmetic wants them."""
-    return values.to(DTYPE)
-
-
-@triton.jit
 def _factor(values):
-    if INTERPRETED:
-        if values.dtype == tl.bfloat16:
-            return values.to(tl.float32)
+    if INTERPRETED and values.dtype == tl.bfloat16:
+        return values.to(tl.float32)
     return values
 
 
@@ -103,7 +97,7 @@ def conv_tiles(
     value = tl.zeros([BLOCK_P, BLOCK_O], DTYPE)
     moved = ()
     for _ in tl.static_range(TANGENTS):
-        moved = moved + (tl.zeros([BLOCK_P, BLOCK_O], DTYPE),)
+        moved = moved + (tl.zeros([BLOCK_P, BLOCK_O], DTYPE),)  # noqa: RUF005
     for step in range(KERNEL_H * KERNEL_W * channel_blocks):
         tap = step // channel_blocks
         channel = (step % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -131,7 +125,7 @@ def conv_tiles(
         for i in tl.static_range(TANGENTS):
             part = tl.minimum(1 + first_tangent + i, tangents).to(tl.int64)
             loaded = _factor(tl.load(x + part * part_size + offset, mask=mask, other=0.0))
-            advanced = advanced + (tl.dot(loaded, factor, moved[i], "ieee", out_dtype=DTYPE),)
+            advanced = advanced + (tl.dot(loaded, factor, moved[i], "ieee", out_dtype=DTYPE),)  # noqa: RUF005
         moved = advanced
 
     whole_output = group * outputs + output
@@ -180,7 +174,7 @@ def conv_pixels(
     value = tl.zeros([BLOCK_P], DTYPE)
     moved = ()
     for _ in tl.static_range(TANGENTS):
-        moved = moved + (tl.zeros([BLOCK_P], DTYPE),)
+        moved = moved + (tl.zeros([BLOCK_P], DTYPE),)  # noqa: RUF005
     for step in range(channels * KERNEL_H * KERNEL_W):
         channel = step // (KERNEL_H * KERNEL_W)
         tap = step % (KERNEL_H * KERNEL_W)
@@ -195,7 +189,7 @@ def conv_pixels(
         for i in tl.static_range(TANGENTS):
             part = tl.minimum(1 + first_tangent + i, tangents).to(tl.int64)
             loaded = tl.load(x + part * part_size + offset, mask=inside, other=0.0).to(DTYPE)
-            advanced = advanced + (moved[i] + factor * loaded,)
+            advanced = advanced + (moved[i] + factor * loaded,)  # noqa: RUF005
         moved = advanced
 
     if bias is not None:
