@@ -1,5 +1,7 @@
 """The compiled extension. Called through `fastdensity.ops`, which checks every argument first."""
 
+from typing import Any
+
 from torch import Tensor, dtype
 
 has_cuda: bool
@@ -56,9 +58,6 @@ def dual_group_norm_cpu(
     threads: int,
     /,
 ) -> None: ...
-def dual_softmax_cpu(
-    x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /
-) -> None: ...
 def dual_softmax_cpu(x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /) -> None: ...
 def dual_attention_cpu(
     scores: int,
@@ -100,6 +99,7 @@ def dual_chain_cpu(
     threads: int,
     /,
 ) -> None: ...
+def unchanged(dicts: list[dict[str, Any]], snapshots: list[tuple[Any, ...]], /) -> bool: ...
 def rule_coefficients(
     type: int, alpha: float, sigma: float, alpha_next: float, sigma_next: float, sigma_data: float, /
 ) -> tuple[float, float, float, float, float, float]: ...

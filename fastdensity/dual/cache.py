@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -78,7 +78,7 @@ class _Store:
     def __init__(self) -> None:
         self.exact: OrderedDict[Hashable, Dual | NestedDual] = OrderedDict()  # by all shapes
         self.general: dict[Hashable, list[Dual]] = {}  # by all shapes but the batch's
-        self.traces = 0
+        self.traces: Counter[Hashable] = Counter()  # by the function's code
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of the module start anew
         return _Store, ()
@@ -157,10 +157,10 @@ def _find_slowly(
     except NestedJvp:
         made = NestedDual()
     store.put(key, general, made)
-    store.traces += 1
-    if store.traces == _MANY_TRACES:
+    store.traces[captured.family] += 1
+    if store.traces[captured.family] == _MANY_TRACES:
         warnings.warn(
-            f"fd.jvp has traced this network {_MANY_TRACES} times; what changes between calls (a Python number, an "
+            f"fd.jvp has traced this function {_MANY_TRACES} times; what changes between calls (a Python number, an "
             "attribute, a shape) is a constant of the trace: pass it as a tensor",
             stacklevel=4,
         )

@@ -28,6 +28,7 @@ class Captured:
     """A callable taken apart; `rebuild(tensors)` puts it together with other tensors in place of its own."""
 
     key: Hashable
+    family: Hashable  # the same for all functions of one code
     modules: list[nn.Module] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     objects: list[Any] = field(default_factory=list)  # neither tensor nor module: watched, and kept alive
@@ -36,7 +37,7 @@ class Captured:
 
 def capture(fn: Callable[..., Any]) -> Captured:
     """Take `fn` apart; cheap enough for every call."""
-    captured = Captured(None)
+    captured = Captured(None, getattr(fn, "__code__", None) or id(fn))
     if isinstance(fn, nn.Module):
         captured.modules.append(fn)
         captured.key = ("module", id(fn))

@@ -83,6 +83,8 @@ def _is_same(node: fx.Node) -> bool:
         return False
     if node.target in _SAME:
         return True
+    if node.target is aten.slice.Tensor and len(node.args) == 4:  # x[:], as `x[:, None]` leaves it behind
+        return node.args[2] in (0, None) and node.args[3] in (None, 2**63 - 1)
     if node.target is aten.dropout.default:
         return node.args[2] is False or node.args[1] == 0
     if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.to.device, aten.to.other):

@@ -190,6 +190,9 @@ def rewrite(traced: Traced, bind: list[Tensor] | None = None) -> tuple[fx.GraphM
         else:
             _node(builder, node)
     module = fx.GraphModule(_Holder(builder.attributes), builder.graph, "DualGraph")
+    for name, value in builder.attributes.items():
+        if isinstance(value, nn.Module):
+            setattr(module, name, value)  # the live module in place of the copied path to its parameters
     return module, list(builder.records.values())
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdensity._backend import native
+
 _HOLDERS = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_parameters", "_buffers")
 
 
@@ -34,7 +36,7 @@ class Watch:
         self._tensors = _state(self._modules)
         self._dtypes = [tensor.dtype for tensor in self._tensors.values()]
         self._values = list(self._tensors.values())
-        self._plain = _plain_snapshot(everything, self._objects)
+        self._plain = _plain_entries(everything, self._objects)
 
     def fresh(self) -> bool:
         """True if nothing has changed but the values of parameters and buffers."""
@@ -43,22 +45,46 @@ class Watch:
         return _unchanged(self._dicts, self._snapshots) or self._only_tensors_were_swapped()
 
     def _only_tensors_were_swapped(self) -> bool:
-        """Parameters replaced by others of the same kind are no change: the graph asks the module for them."""
-        before = (self._plain, [(name, _kind(tensor)) for name, tensor in self._tensors.items()])
+        """Parameters replaced by others of the same kind are no change: the graph asks the module for them.
+
+        Nor is another order of a dictionary, or an equal tuple in the place of another: tracing leaves both behind.
+        """
         everything = [module for root in self._modules for module in root.modules()]
-        plain = _plain_snapshot(everything, self._objects)
-        now = [(name, _kind(tensor)) for name, tensor in _state(self._modules).items()]
-        if len(plain) != len(before[0]) or not all(map(is_, plain, before[0])) or now != before[1]:
+        plain = _plain_entries(everything, self._objects)
+        if plain.keys() != self._plain.keys() or not all(_same(plain[name], self._plain[name]) for name in plain):
+            return False
+        before = {name: _kind(tensor) for name, tensor in self._tensors.items()}
+        if {name: _kind(tensor) for name, tensor in _state(self._modules).items()} != before:
             return False
         self._take()
         return True
 
 
-def _unchanged(dicts: list[dict[str, Any]], snapshots: list[tuple[Any, ...]]) -> bool:
+def _same(value: Any, before: Any) -> bool:
+    """The same object, or an equal constant."""
+    if value is before:
+        return True
+    return type(value) is type(before) and _is_constant(value) and _is_constant(before) and value == before
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _unchanged_in_python(dicts: list[dict[str, Any]], snapshots: list[tuple[Any, ...]]) -> bool:
+    """What the extension's function of this name does, for where it is not built."""
     for entries, snapshot in zip(dicts, snapshots, strict=True):
         if len(entries) != len(snapshot) or not all(map(is_, entries.values(), snapshot)):
             return False
     return True
+
+
+try:
+    _unchanged = native().unchanged
+except ImportError:  # the torch backend works without the extension
+    _unchanged = _unchanged_in_python
 
 
 def _state(modules: list[nn.Module]) -> dict[str, Tensor]:
@@ -73,13 +99,13 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _plain_snapshot(modules: list[nn.Module], objects: list[Any]) -> list[Any]:
-    """Every attribute and hook, but no parameter and no buffer."""
-    found: list[Any] = []
+def _plain_entries(modules: list[nn.Module], objects: list[Any]) -> dict[Any, Any]:
+    """Every attribute and hook, but no parameter and no buffer, by its owner and name."""
+    found: dict[Any, Any] = {}
     for module in modules:
-        found += [module, *vars(module).values()]
-        for name in ("_modules", "_forward_hooks", "_forward_pre_hooks"):
-            found += [*vars(module)[name].values()]
+        found.update({(id(module), "", name): value for name, value in vars(module).items()})
+        for holder in ("_modules", "_forward_hooks", "_forward_pre_hooks"):
+            found.update({(id(module), holder, name): value for name, value in vars(module)[holder].items()})
     for value in objects:
-        found += [value, *getattr(value, "__dict__", {}).values()]
+        found.update({(id(value), "", name): item for name, item in getattr(value, "__dict__", {}).items()})
     return found
