@@ -44,12 +44,19 @@ def emit(builder: Any, node: fx.Node) -> fx.Node:
             f"{target} has no forward-mode rule known here, at {line_of(node)}; forward mode through it would be a "
             "silent zero. Write it in torch operators"
         )
-    flat, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    flat, spec = pytree.tree_flatten(_plain_containers((node.args, dict(node.kwargs))))
     positions = [number for number, item in enumerate(flat) if builder.dual(item)]
     duals = [builder.new[flat[number]] for number in positions]
     constants = [None if number in positions else builder.plain(item) for number, item in enumerate(flat)]
     call = NodeCall(target, spec, positions, line_of(node))
     return builder.call(call, duals, constants)  # type: ignore[no-any-return]
+
+
+def _plain_containers(value: Any) -> Any:
+    """Lists and dictionaries of Python in place of the graph's immutable ones, which compilers do not know."""
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(_plain_containers(item) for item in value)
+    return {key: _plain_containers(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 class NodeCall:

@@ -33,7 +33,8 @@ class Plan:
         self.absorbed.update(dict.fromkeys(others, last))
 
     def free(self, *nodes: fx.Node) -> bool:
-        return not any(node in self.rules or node in self.absorbed for node in nodes)
+        """May these be taken? What stood under no_grad stays a node of its own, which guards its backward."""
+        return not any(node in self.rules or node in self.absorbed or node.meta.get("without_grad") for node in nodes)
 
 
 def plan(graph: fx.Graph, dependent: set[fx.Node]) -> Plan:
@@ -84,7 +85,7 @@ def _activated(found: Plan, node: fx.Node, dependent: set[fx.Node]) -> bool:
     emit, known = _EPILOGUES[layer.target]
     if activation not in known or not _only_for(layer, node) or not _plain_weights(layer, dependent):
         return False
-    if layer.target is aten.conv2d.default and len(shape_of(layer)) != 4:
+    if not found.free(layer) or (layer.target is aten.conv2d.default and len(shape_of(layer)) != 4):
         return False
     found.take(node, [layer], emit.__name__, lambda b, n: emit(b, layer, activation))
     return True

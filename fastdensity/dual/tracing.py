@@ -126,13 +126,14 @@ def _example(tensor: Tensor) -> Tensor:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Outside every mode of the caller, and without torch's own advice on failures that are translated here."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
+    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with ExitStack() as stack:
         stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.enable_grad())  # so that a block under no_grad shows
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(redirect_stdout(StringIO()))
         stack.enter_context(_lines_of_functions())
