@@ -19,7 +19,7 @@ def _logistic(x):
 
 @triton.jit
 def _tanh(x):
-    """By exponentials; near zero, where those cancel, by a polynomial, or for float64 by Lambert's continued fraction."""
+    """By exponentials; near zero, where those cancel, by a polynomial, or for float64 by a continued fraction."""
     z = tl.abs(x)
     e = tl.exp(-2.0 * z)
     large = (1.0 - e) / (1.0 + e)
@@ -68,13 +68,13 @@ def _softplus(x):
 
 @triton.jit
 def unary(NAME: tl.constexpr, x, CONSTANT: tl.constexpr):
-    """(value, derivative) of one step; for relu the derivative is 1 where a tangent passes, see `pass_tangent`."""
+    """(value, derivative) of one step, in whose place stands anything where `pass_tangent` does not read it."""
     if NAME == "scale":
-        return x * CONSTANT, x * 0.0 + CONSTANT
+        return x * CONSTANT, x
     elif NAME == "shift":
-        return x + CONSTANT, x * 0.0 + 1.0
+        return x + CONSTANT, x
     elif NAME == "neg":
-        return -x, x * 0.0 - 1.0
+        return -x, x
     elif NAME == "silu":
         mass, slope = _logistic(x)
         return x * mass, mass + x * slope
@@ -111,7 +111,8 @@ def unary(NAME: tl.constexpr, x, CONSTANT: tl.constexpr):
     elif NAME == "cos":
         return tl.cos(x), -tl.sin(x)
     elif NAME == "leaky_relu":
-        return tl.where(x > 0, x, x * CONSTANT), tl.where(x > 0, 1.0, CONSTANT).to(x.dtype)
+        one = tl.full(x.shape, 1.0, x.dtype)  # a literal alone would be float32 first
+        return tl.where(x > 0, x, x * CONSTANT), tl.where(x > 0, one, one * CONSTANT)
     else:
         tl.static_assert(NAME == "abs", "unknown step")
         return tl.abs(x), (x > 0).to(x.dtype) - (x < 0).to(x.dtype)

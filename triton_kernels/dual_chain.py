@@ -46,7 +46,9 @@ def collapse(sizes: Sequence[int], strides: list[tuple[int, ...]]) -> tuple[list
     return merged, walks
 
 
-def plan(inputs: Sequence[Tensor], is_dual: Sequence[bool], program: str, out: Tensor, tile_bytes: int = TILE_BYTES) -> Launch:
+def plan(
+    inputs: Sequence[Tensor], is_dual: Sequence[bool], program: str, out: Tensor, tile_bytes: int = TILE_BYTES
+) -> Launch:
     """What `launch_triton` launches; which tile an element falls in changes nothing about its arithmetic."""
     parsed = parse(program, tuple(is_dual))
     shape = out.shape[1:]

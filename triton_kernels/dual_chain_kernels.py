@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fastdensity.triton_kernels.chain_functions import pass_tangent, unary
 
+
 @triton.jit
 def _run_step(NAME: tl.constexpr, left, right, CONSTANT: tl.constexpr):
     """(value, derivative); the derivatives of binary steps are their operands, in their place stands the value."""
@@ -94,7 +95,8 @@ def _row_offset(row, INPUT: tl.constexpr, sizes, row_strides, DIMS: tl.constexpr
 
 @triton.jit
 def _tangent(
-    inputs, plane, row, row_mask, column, column_mask, sizes, row_strides, column_strides, plane_strides, values, slopes,
+    inputs, plane, row, row_mask, column, column_mask, sizes, row_strides, column_strides, plane_strides,
+    values, slopes,
     PROGRAM: tl.constexpr, IS_DUAL: tl.constexpr, INPUTS: tl.constexpr, STEPS: tl.constexpr, DIMS: tl.constexpr,
     ROW_VARIES: tl.constexpr, COLUMN_KINDS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -102,17 +104,17 @@ def _tangent(
     tangents = ()
     for i in tl.static_range(INPUTS):
         if IS_DUAL[i]:
-            tangents = tangents + (
+            tangents += (
                 _load(
                     inputs[i], _row_offset(row, i, sizes, row_strides, DIMS), row_mask, column, column_mask,
                     column_strides[i], plane * plane_strides[i], ROW_VARIES[i], COLUMN_KINDS[i], DTYPE,
                 ),
             )  # fmt: skip
         else:
-            tangents = tangents + (values[i],)
+            tangents += (values[i],)
     for i in tl.static_range(STEPS):
         if IS_DUAL[INPUTS + i]:
-            tangents = tangents + (
+            tangents += (
                 _linearised(
                     PROGRAM[i][0], values[PROGRAM[i][1]], values[PROGRAM[i][2]], tangents[PROGRAM[i][1]],
                     tangents[PROGRAM[i][2]], values[INPUTS + i], slopes[i], PROGRAM[i][3],
@@ -120,7 +122,7 @@ def _tangent(
                 ),
             )  # fmt: skip
         else:
-            tangents = tangents + (values[INPUTS + i],)
+            tangents += (values[INPUTS + i],)
     return tangents[INPUTS + STEPS - 1]
 
 
@@ -140,7 +142,7 @@ def chain_tiles(
     values = ()
     slopes = ()
     for i in tl.static_range(INPUTS):
-        values = values + (
+        values += (
             _load(
                 inputs[i], _row_offset(row, i, sizes, row_strides, DIMS), row_mask, column, column_mask,
                 column_strides[i], 0, ROW_VARIES[i], COLUMN_KINDS[i], DTYPE,
@@ -148,8 +150,8 @@ def chain_tiles(
         )  # fmt: skip
     for i in tl.static_range(STEPS):
         value, slope = _run_step(PROGRAM[i][0], values[PROGRAM[i][1]], values[PROGRAM[i][2]], PROGRAM[i][3])
-        values = values + (value,)
-        slopes = slopes + (slope,)
+        values += (value,)
+        slopes += (slope,)
     target = out + row * columns + column
     mask = row_mask & column_mask
     result = tl.broadcast_to(values[INPUTS + STEPS - 1], [ROWS, COLUMNS])
