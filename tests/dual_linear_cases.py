@@ -37,12 +37,14 @@ def random_problem(tangents=1, rows=(5,), inputs=24, outputs=16, dtype=torch.flo
 
 
 def assert_as_good_as_eager(result, x, weight, bias, activation):
-    """Norm-wise against float64: at most twice eager's error at the same dtype, or two roundings."""
+    """Norm-wise against float64: at most twice eager's error at the same dtype, or a few roundings.
+
+    For float64, where what it is held against is no more exact, those of the sums."""
     exact = reference(x.double(), weight.double(), None if bias is None else bias.double(), activation)
     other = eager(x, weight, bias, activation)
     assert result.shape == exact.shape
     assert result.dtype == x.dtype
     assert result.is_contiguous()
-    epsilon = torch.finfo(result.dtype).eps
+    slack = (16 if x.dtype is torch.float64 else 2) * torch.finfo(result.dtype).eps
     for mine, theirs, wanted in zip(result.double(), other.double(), exact, strict=True):
-        assert (mine - wanted).norm() <= 2 * (theirs - wanted).norm() + 2 * epsilon * wanted.norm()
+        assert (mine - wanted).norm() <= 2 * (theirs - wanted).norm() + slack * wanted.norm()

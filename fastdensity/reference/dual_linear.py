@@ -1,11 +1,12 @@
 """Torch reference of `dual_linear`: one product for the value and its tangents, then a chain on the result.
 
-The contract, for every implementation: bias and activation act on the product in the arithmetic of `dual_chain`, in
-float32 for half types. A backend may keep the product in float32 up to there or round it to the tensors' dtype.
+The contract, for every implementation: the bias is added to the product's first part, and half types round that sum at
+most once before the activation, which follows in the arithmetic of `dual_chain`.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -56,8 +57,9 @@ def result_shape(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 def dual_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """(1 + K, *, N) in torch; the arguments are those of `fastdensity.ops.dual_linear`."""
     result_shape(x, weight, bias, activation)
-    inputs, is_dual, program = epilogue(functional.linear(x, weight), bias, activation)
-    return dual_chain(inputs, is_dual, program) if program else inputs[0]
+    product = torch.cat([functional.linear(x[:1], weight, bias), functional.linear(x[1:], weight)])
+    inputs, is_dual, program = epilogue(product, None, activation)
+    return dual_chain(inputs, is_dual, program) if program else product
 
 
 def launch_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor) -> None:
