@@ -5,7 +5,7 @@ x is `(1 + K, *S)`: [0] the value, [1 + k] the k-th tangent. With rows of `size`
     layer, group   n = r (x - mean(x)),  r = 1 / sqrt(var(x) + eps),     tn = r (tx - mean(tx) - n mean(n tx))
     rms            n = r x,              r = 1 / sqrt(mean(x^2) + eps),  tn = r (tx - n mean(n tx))
     then           y = (n * weight + bias) * multiplier + addend,        ty = tn * weight * multiplier
-    and with SiLU  z = y s(y),                                           tz = ty s(y) (1 + y (1 - s(y)))
+    and with SiLU  z = y s(y),                                           tz = ty s(y) (1 + y s(-y))
 
 The derivative of a norm: Ba, Kiros and Hinton 2016 (arXiv 1607.06450); Wu and He 2018 (arXiv 1803.08494).
 16-bit inputs are computed in float32 and rounded once. Everything here is differentiable in both modes.
@@ -66,7 +66,7 @@ def dual_group_norm(
         value = value + bias.to(value.dtype)[:, None]
     if activation == "silu":
         gate = torch.sigmoid(value)
-        tangents = tangents * (gate * (1 + value * (1 - gate)))
+        tangents = tangents * (gate * (1 + value * torch.sigmoid(-value)))
         value = value * gate
     return _dual(x, value, tangents)
 
