@@ -21,8 +21,9 @@ from fastdensity.triton_kernels import dual_norm_kernels
 
 WHOLE_ROW_BYTES = 32 * 1024  # rows up to this length, in the dtype of the arithmetic, are held in registers
 TILE_BYTES = 4 * 1024  # short rows share a program until they fill this
-BLOCK_BYTES = 16 * 1024  # longer rows are cut into blocks of this size
+BLOCK_BYTES = 8 * 1024  # longer rows are cut into blocks of this size
 BYTES_PER_THREAD = 64
+SPLIT_BYTES_PER_THREAD = 32  # loops over blocks are unrolled
 MOST_THREADS = 512
 FEW_PROGRAMS = 512  # with fewer rows than this, several programs share a row's tangents
 ALIGNMENT = 16
@@ -81,7 +82,7 @@ def _tile(size: int, itemsize: int, whole_row_bytes: int, block_bytes: int, warp
     whole = size * itemsize <= whole_row_bytes
     block = triton.next_power_of_2(size) if whole else block_bytes // itemsize
     rows = max(TILE_BYTES // (block * itemsize), 1) if whole else 1
-    bytes_per_thread = BYTES_PER_THREAD if whole or itemsize == 4 else BYTES_PER_THREAD // 2  # else sm_80 spills
+    bytes_per_thread = BYTES_PER_THREAD if whole else SPLIT_BYTES_PER_THREAD
     threads = min(max(rows * block * itemsize // bytes_per_thread, warp), MOST_THREADS)
     return whole, {"BLOCK": block, "num_warps": threads // warp} | ({"ROWS": rows} if whole else {})
 
