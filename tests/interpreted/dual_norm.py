@@ -39,7 +39,9 @@ def group_cases():
 @REGIMES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_good_as_eager(dtype, sizes):
-    for case in (*row_cases(), *group_cases())[:: 2 if sizes else 1]:  # blocks take the interpreter long
+    for case in (*row_cases(), *group_cases())[
+        slice(1, None, 2) if sizes else slice(None)
+    ]:  # blocks take the interpreter long
         single = case.to(dtype)
         assert_as_good_as_eager(single, launch(single, sizes))
 
