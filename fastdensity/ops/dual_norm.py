@@ -122,7 +122,7 @@ def _check_modulation(x: Tensor, size: int, rows: int, **tensors: Tensor | None)
         if tensor is None:
             continue
         count = tensor.numel() // size if size else 0
-        if tensor.numel() != count * size or (rows and (count == 0 or rows % count)):
+        if tensor.numel() != count * size or (size and rows and (count == 0 or rows % count)):
             wanted = f"M rows of {size} elements, M a divisor of the {rows} rows of x"
             raise ValueError(f"{name} must have {wanted}, got {describe(tensor)}")
         _check_device(name, tensor, x)

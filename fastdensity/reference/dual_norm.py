@@ -1,21 +1,21 @@
-"""Normalisations of dual tensors in torch: the value by torch's own norm, the tangents in closed form.
+"""Normalisations of dual tensors in torch, written out: the value and, in closed form, its tangents.
 
 x is `(1 + K, *S)`: [0] the value, [1 + k] the k-th tangent. With rows of `size` elements, mean() over a row:
 
     layer, group   n = r (x - mean(x)),  r = 1 / sqrt(var(x) + eps),     tn = r (tx - mean(tx) - n mean(n tx))
     rms            n = r x,              r = 1 / sqrt(mean(x^2) + eps),  tn = r (tx - n mean(n tx))
     then           y = (n * weight + bias) * multiplier + addend,        ty = tn * weight * multiplier
-    and with SiLU  z = y s(y),                                           tz = ty s(y) (1 + y (1 - s(y)))
+    and with SiLU  z = y s(y),                                           tz = ty s(y) (1 + y s(-y))
 
 The derivative of a norm: Ba, Kiros and Hinton 2016 (arXiv 1607.06450); Wu and He 2018 (arXiv 1803.08494).
-16-bit inputs are computed in float32 and rounded once. Everything here is differentiable in both modes.
+16-bit inputs are computed in float32 and rounded once. Everything here is differentiable in both modes, any number of
+times; torch's own layer_norm is not (torch 2.13: nested forward mode forgets that its statistics depend on x).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -66,7 +66,7 @@ def dual_group_norm(
         value = value + bias.to(value.dtype)[:, None]
     if activation == "silu":
         gate = torch.sigmoid(value)
-        tangents = tangents * (gate * (1 + value * (1 - gate)))
+        tangents = tangents * (gate * (1 + value * torch.sigmoid(-value)))
         value = value * gate
     return _dual(x, value, tangents)
 
@@ -77,16 +77,14 @@ def _rows(x: Tensor, size: int) -> Tensor:
 
 def _normalized(rows: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor]:
     """(n, tn) of rows (1 + K, R, size)."""
-    x, tangents, size = rows[0], rows[1:], rows.shape[-1]
+    x, tangents = rows[0], rows[1:]
     if centered:
-        value = functional.layer_norm(x, (size,), None, None, eps)
-        variance = x.var(-1, correction=0, keepdim=True)
+        x = x - x.mean(-1, keepdim=True)
         tangents = tangents - tangents.mean(-1, keepdim=True)
-    else:
-        value = functional.rms_norm(x, (size,), None, eps)
-        variance = x.square().mean(-1, keepdim=True)
+    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    value = x * inverse
     along = (value * tangents).mean(-1, keepdim=True)
-    return value, (tangents - value * along) * (variance + eps).rsqrt()
+    return value, (tangents - value * along) * inverse
 
 
 def _modulated(
