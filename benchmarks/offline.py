@@ -1,8 +1,9 @@
-"""What compilers make of the Triton kernels, without a GPU: registers, spills, load widths, instructions.
+"""What compilers make of the Triton kernels, without a GPU: registers, spills, load widths, matrix instructions.
 
-`python -m benchmarks.offline` compiles every variant below for four targets and prints docs/kernels.md's table;
-`--json` prints one JSON object per kernel and target. The launch configurations are those of the package itself
-(`fastdensity.triton_kernels.rows.plan` on tensors without memory); the assembler and the disassembler come with Triton.
+`python -m benchmarks.offline` compiles the variants of every room for four targets and prints docs/kernels.md's table;
+`--json` prints one JSON object per kernel and target, `--rooms` chooses. The variants are in benchmarks/offline_*.py.
+Launch configurations are those of the package itself, on tensors without memory; a kernel is specialised as in a real
+launch, under a driver that does nothing but name the target. Assembler and disassembler come with Triton.
 """
 
 from __future__ import annotations
@@ -14,17 +15,13 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from fastdensity import rules
-from fastdensity.reference.rows import Operands, Parameter, compute_dtype
+from typing import Any, NamedTuple, Protocol
 
 # name -> Triton's (backend, architecture, threads per warp)
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -33,122 +30,109 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-LONG_ROW = 196_608  # 3 x 256 x 256, more than is held in registers
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+# what multiplies matrices of 16-bit numbers there
+MATRIX_INSTRUCTIONS = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCHMMA", "HMMA"), "gfx942": ("MFMA",)}
+# room -> the module that lists its variants: `cases(target, brief)`, the rooms' cases in a row where it lists several
+ROOMS = {"rows": "benchmarks.offline_rows", "dual_conv": "benchmarks.offline_dual"}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A call of the rows contract: state and prediction dtypes, row length, and what is optional."""
+class Launch(NamedTuple):
+    """`kernel[grid](*arguments, **constants)`, and what its machine code must show."""
 
-    rule: str
-    kind: str = "epsilon"
-    state: str = "float32"
-    prediction: str = "float32"
-    columns: int = 4096
-    uncond: bool = False
-    noise: str = "none"
-    rows: int = 4
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    wide_loads_due: int  # 16-byte load instructions at least
+    expects_mma: bool = False
 
-    def __str__(self) -> str:
-        dtypes = self.state if self.state == self.prediction else f"{self.state}/{self.prediction}"
-        options = ["cfg"] * self.uncond + [f"noise {self.noise}"] * (self.noise != "none")
-        kind = f" {self.kind}" if self.rule in ("prediction", "step") else ""
-        return ", ".join([f"{self.rule}{kind}", dtypes, f"D={self.columns}", *options])
+
+class Case(Protocol):
+    """A call of a room; its text names it in tables. Sent to other processes, so it holds no tensors."""
+
+    @property
+    def room(self) -> str:
+        """The room whose kernels it launches."""
+
+    def launches(self, target: str) -> list[Launch]:
+        """The kernels of the call, as the package launches them on this target; imports Triton."""
 
 
 @dataclass(frozen=True)
 class Resources:
     """One kernel on one target. Loads count instructions by the bytes each thread asks for; spills are instructions
-    that reach local memory (NVIDIA) or spilled registers (AMD); stack is in bytes."""
+    that reach local memory (NVIDIA) or spilled registers (AMD); stack is in bytes; `mma` names the kinds of
+    matrix instructions."""
 
     target: str
+    room: str
     kernel: str
     variant: str
     warps: int
     registers: int
     spills: int
     stack: int
+    shared: int
     loads: dict[str, int]
+    mma: tuple[str, ...]
+    instructions: int
     wide_loads_due: int
+    expects_mma: bool
+
+
+class _Code(NamedTuple):
+    registers: int
+    spills: int
+    stack: int
+    loads: dict[str, int]
+    mma: tuple[str, ...]
     instructions: int
 
 
-def variants(target: str) -> list[Variant]:
-    """Every rule and prediction type; the dtypes and both regimes on the type with the most arithmetic, EDM.
-
-    Prediction types differ in a few scalar instructions, so all of them are compiled for one target only.
-    """
-    edm = partial(Variant, "step", "edm")
-    found = []
-    if target == "sm_90":
-        found += [Variant("prediction", kind) for kind in rules.PREDICTION_TYPES]
-        found += [Variant("step", kind, noise="drawn") for kind in rules.PREDICTION_TYPES]
-    for state, prediction, longest in (
-        ("float32", "float32", 16_384), ("float32", "bfloat16", 16_384), ("float64", "float64", 8_192),
-    ):  # fmt: skip
-        found += [
-            Variant("drift", "epsilon", state, prediction, longest),
-            edm(state, prediction, longest, uncond=True),
-            edm(state, prediction, longest // 2, noise="drawn"),
-            edm(state, prediction, LONG_ROW, uncond=True, noise="drawn"),
-        ]
-    return [
-        *found,
-        Variant("drift", columns=LONG_ROW),
-        Variant("radius", columns=16_384),
-        edm(columns=8_192, uncond=True, noise="given"),
-        Variant("prediction", "edm", "bfloat16", "bfloat16", 16_384),
-    ]
+def cases(room: str, target: str, brief: bool = False) -> list[Case]:
+    """The variants of a room, or few that stand for them; ValueError where the room is unknown."""
+    if room not in ROOMS:
+        raise ValueError(f"room must be one of {', '.join(ROOMS)}, got {room!r}")
+    listed = import_module(ROOMS[room])
+    found: list[Case] = [case for case in listed.cases(target, brief) if case.room == room]
+    return found
 
 
-def _call(variant: Variant) -> tuple[Any, ...]:
-    """The arguments of `plan`, as tensors that have no memory. q is a tensor: its quantile is found in the kernel."""
+def recorded(call: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(kernel, arguments, keywords) of every kernel that `call` launches; none of them runs."""
+    from triton.runtime.jit import JITFunction
 
-    def vector(dtype: str) -> Tensor:
-        return torch.empty(variant.rows, variant.columns, dtype=DTYPES[dtype], device="meta")
+    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
-    x, p = vector(variant.state), vector(variant.prediction)
-    noise_key = None
-    operands: Operands
-    parameters: tuple[Parameter, ...]
-    if variant.rule == "drift":
-        operands, parameters = (x, p, None, p), (0.1, 0.2, 0.3)
-    elif variant.rule == "radius":
-        operands, parameters = (x, None, None, None), (5.0,)
-    else:
-        quantile = torch.empty(variant.rows, device="meta")
-        operands = (x, p, p if variant.uncond else None, x if variant.noise == "given" else None)
-        parameters = (0.1, 0.2, 0.3, 0.4, quantile, 0.6, 0.7, 0.8, 0.9, 0.5)
-        if variant.noise == "drawn":
-            noise_key = (1, torch.empty(variant.rows, dtype=torch.int64, device="meta"), 3)
-    out = torch.empty_like(p if variant.rule == "prediction" else x)
-    report = torch.empty(variant.rows, 4, dtype=compute_dtype(operands), device="meta")
-    return variant.rule, variant.kind, operands, parameters, noise_key, out, report
+    def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        found.append((self, arguments, keywords))
+
+    run = JITFunction.run
+    JITFunction.run = record
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return found
 
 
-def _type(name: str, argument: Any) -> str:
-    if isinstance(argument, Tensor):
-        return POINTERS[argument.dtype]
-    if argument is None:
-        return "constexpr"
-    return "i64" if name in ("seed", "step") or not -(2**31) <= argument < 2**31 else "i32"
-
-
-def _compile(launch: Any, target: str) -> Any:
-    import triton
+@cache
+def _driver(target: str) -> Any:
+    """Enough of a Triton driver to specialise and compile for a target; it launches nothing."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = launch.kernel.arg_names
-    signature = {name: _type(name, argument) for name, argument in zip(names, launch.arguments, strict=False)}
-    constants = {name: None for name, its_type in signature.items() if its_type == "constexpr"}
-    options = dict(launch.constants)
-    for name in names[len(launch.arguments) :]:
-        signature[name], constants[name] = "constexpr", options.pop(name)
-    source = ASTSource(launch.kernel, signature, constants)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    class NoDevice:
+        get_current_device = staticmethod(lambda: list(TARGETS).index(target))
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget(*TARGETS[target]))
+
+    return NoDevice()
+
+
+def _compile(launch: Launch, target: str) -> Any:
+    from triton.runtime import driver
+
+    driver.set_active(_driver(target))
+    return launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.constants)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -158,21 +142,24 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def nvidia_resources(cubin: str) -> tuple[int, int, int, dict[str, int], int]:
-    """(registers, spill instructions, stack, loads by bytes, instructions) of the first kernel in a cubin file."""
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))
-    code = _tool("nvdisasm", "-c", cubin)
+def _nvidia_code(cubin: bytes) -> _Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", file.name)))
+        code = _tool("nvdisasm", "-c", file.name)
     names = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code, re.MULTILINE)
     loads = {"16": 0, "8": 0, "4": 0}
     for name in names:
-        if name.startswith("LDG"):
+        if name.startswith("LDG"):  # LDGSTS, straight to shared memory, included
             loads["16" if ".128" in name else "8" if ".64" in name else "4"] += 1
     spills = sum(name.startswith(("LDL", "STL")) for name in names)
+    mma = tuple(sorted({name.split(".")[0] for name in names if re.match(r"(UTC)?[A-Z]G?MMA\b", name)}))
     stack = int(usage["STACK"]) + int(usage["LOCAL"])
-    return int(usage["REG"]), spills, stack, loads, len(names)
+    return _Code(int(usage["REG"]), spills, stack, loads, mma, len(names))
 
 
-def _amd_resources(code: str) -> tuple[int, int, int, dict[str, int], int]:
+def _amd_code(code: str) -> _Code:
     def field(name: str) -> int:
         (value,) = re.findall(rf"\.{name}:\s+(\d+)", code)
         return int(value)
@@ -180,44 +167,36 @@ def _amd_resources(code: str) -> tuple[int, int, int, dict[str, int], int]:
     loads = {str(4 * n): len(re.findall(rf"(?:global|buffer)_load_dwordx{n}\b", code)) for n in (4, 2)}
     loads["4"] = len(re.findall(r"(?:global|buffer)_load_(?:dword|[us]short)\b", code))
     instructions = sum(re.match(r"\t[a-z]", line) is not None for line in code.splitlines())
+    mma = ("MFMA",) if "\tv_mfma_" in code else ()
     # scalar registers that do not fit are parked in vector registers, not in memory
-    return field("vgpr_count"), field("vgpr_spill_count"), field("private_segment_fixed_size"), loads, instructions
+    spills, stack = field("vgpr_spill_count"), field("private_segment_fixed_size")
+    return _Code(field("vgpr_count"), spills, stack, loads, mma, instructions)
 
 
-def _wide_loads_due(launch: Any, warp: int) -> int:
-    """How many 16-byte loads a thread makes at least if operands are read that wide; sums need one of them or more."""
-    constants = launch.constants
-    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
-    vectors = [named[name] for name in ("v0", "v1", "uncond", "v2") if named[name] is not None]
-    wide = sum(vector.element_size() * constants["VECTOR"] == 16 for vector in vectors)
-    if launch.kernel.__name__ == "partial_sums":
-        wide = int(wide == len(vectors))
-    return wide * constants["TILE"] // (constants["num_warps"] * warp * constants["VECTOR"])
-
-
-def measure(variant: Variant, target: str) -> list[Resources]:
-    """Compile the one or two kernels of a variant and read what they use."""
-    from fastdensity.triton_kernels.rows import plan
-
-    warp = TARGETS[target][2]
+def measure(case: Case, target: str) -> list[Resources]:
+    """Compile the kernels of a case and read what they use."""
     found = []
-    for launch in plan(*_call(variant), warp=warp).launches:
+    for launch in case.launches(target):
         compiled = _compile(launch, target)
-        if "cubin" in compiled.asm:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                numbers = nvidia_resources(file.name)
-        else:
-            numbers = _amd_resources(compiled.asm["amdgcn"])
-        registers, spills, stack, loads, instructions = numbers
-        due = _wide_loads_due(launch, warp)
-        name, warps = launch.kernel.__name__, launch.constants["num_warps"]
-        found.append(Resources(target, name, str(variant), warps, registers, spills, stack, loads, due, instructions))
+        assembled = compiled.asm
+        code = _nvidia_code(assembled["cubin"]) if "cubin" in assembled else _amd_code(assembled["amdgcn"])
+        found.append(
+            Resources(
+                target,
+                case.room,
+                launch.kernel.__name__,
+                str(case),
+                compiled.metadata.num_warps,
+                **code._asdict(),
+                shared=compiled.metadata.shared,
+                wide_loads_due=launch.wide_loads_due,
+                expects_mma=launch.expects_mma,
+            )
+        )
     return found
 
 
-def _measure(job: tuple[Variant, str]) -> list[Resources]:
+def _measure(job: tuple[Case, str]) -> list[Resources]:
     return measure(*job)
 
 
@@ -225,20 +204,24 @@ def _compile_here() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # a process that interprets cannot compile
 
 
-def measure_all(targets: list[str], processes: int = 2) -> list[Resources]:
-    """Every variant on every target, compiled in `processes` processes of their own."""
-    jobs = [(variant, target) for target in targets for variant in variants(target)]
+def measure_all(
+    targets: list[str], rooms: list[str] | None = None, brief: bool = False, processes: int = 2
+) -> list[Resources]:
+    """The variants of these rooms (all of them) on every target, compiled in `processes` processes of their own."""
+    jobs = [(case, target) for room in rooms or ROOMS for target in targets for case in cases(room, target, brief)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_compile_here) as pool:
         return [row for found in pool.map(_measure, jobs, chunksize=2) for row in found]
 
 
 def _cell(row: Resources | None) -> str:
-    return "" if row is None else f"{row.registers}, {'/'.join(str(count) for count in row.loads.values())}"
+    if row is None:
+        return ""
+    return ", ".join([str(row.registers), "/".join(str(count) for count in row.loads.values()), *row.mma])
 
 
 def table(rows: list[Resources]) -> str:
-    """Markdown: one line per kernel and variant; registers and 16/8/4-byte loads of each target."""
+    """Markdown: one line per kernel and variant; registers, 16/8/4-byte loads, matrix instructions of each target."""
     targets = list(dict.fromkeys(row.target for row in rows))
     cells: dict[tuple[str, str], dict[str, Resources]] = {}
     for row in rows:
@@ -261,8 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel and target")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--rooms", nargs="+", choices=list(ROOMS), default=list(ROOMS))
     options = parser.parse_args()
-    rows = measure_all(options.targets)
+    rows = measure_all(options.targets, options.rooms)
     print("\n".join(json.dumps(asdict(row)) for row in rows) if options.json else table(rows))
 
 

@@ -15,85 +15,81 @@
 namespace fastdensity::simd {
 namespace {
 
-// Independent lanes, so that the compiler may vectorise without reordering and the error stays that of a tree.
-constexpr int kLanes = 64;
+// Independent lanes, so that the compiler may vectorise without reordering and the error stays that of a tree. They
+// are kept in registers: loops over lanes have constant lengths, and what is left of a chunk goes to the first ones.
+constexpr int kLanes = 64, kTailLanes = 16;
 
 template <typename Real>
-INLINE double sum_of_lanes(const Real* lanes) {
-  double sums[16];
+struct alignas(64) Lanes {
+  Real of[kLanes] = {};
+};
+
+template <typename Real>
+INLINE double sum_of_lanes(const Lanes<Real>& lanes) {
+  alignas(64) Real sums[kTailLanes];
   for (int lane = 0; lane < 16; ++lane)
-    sums[lane] = (static_cast<double>(lanes[lane]) + static_cast<double>(lanes[lane + 16])) +
-                 (static_cast<double>(lanes[lane + 32]) + static_cast<double>(lanes[lane + 48]));
-  for (int width = 8; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
-  return sums[0];
+    sums[lane] = (lanes.of[lane] + lanes.of[lane + 16]) + (lanes.of[lane + 32] + lanes.of[lane + 48]);
+  alignas(64) double wide[8];
+  for (int lane = 0; lane < 8; ++lane)
+    wide[lane] = static_cast<double>(sums[lane]) + static_cast<double>(sums[lane + 8]);
+  return ((wide[0] + wide[4]) + (wide[2] + wide[6])) + ((wide[1] + wide[5]) + (wide[3] + wide[7]));
+}
+
+// Runs `body(i, lane)` for all i < count, each lane in order.
+template <typename Body>
+INLINE void for_each_lane(std::int64_t count, const Body& body) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) body(i + lane, lane);
+  for (; i + kTailLanes <= count; i += kTailLanes)
+    for (int lane = 0; lane < kTailLanes; ++lane) body(i + lane, lane);
+  for (int lane = 0; i < count; ++i, ++lane) body(i, lane);
 }
 
 template <typename Real>
 INLINE double sum_body(const Real* values, std::int64_t count) {
-  Real lanes[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
-  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += values[i];
-  return sum_of_lanes(lanes);
+  Lanes<Real> sums;
+  for_each_lane(count, [&](std::int64_t i, int lane) __attribute__((always_inline)) { sums.of[lane] += values[i]; });
+  return sum_of_lanes(sums);
 }
 
 template <typename Real>
 INLINE TwoSums centred_sums_body(const Real* values, Real pivot, std::int64_t count) {
-  Real sums[kLanes] = {}, squares[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const Real d = values[i + lane] - pivot;
-      sums[lane] += d, squares[lane] += d * d;
-    }
-  for (int lane = 0; i < count; ++i, ++lane) {
+  Lanes<Real> sums, squares;
+  for_each_lane(count, [&](std::int64_t i, int lane) __attribute__((always_inline)) {
     const Real d = values[i] - pivot;
-    sums[lane] += d, squares[lane] += d * d;
-  }
+    sums.of[lane] += d, squares.of[lane] += d * d;
+  });
   return {sum_of_lanes(sums), sum_of_lanes(squares)};
 }
 
 template <typename Real>
 INLINE TwoSums tangent_sums_body(const Real* tangent, const Real* n, Real pivot, std::int64_t count) {
-  Real sums[kLanes] = {}, along[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const Real d = tangent[i + lane] - pivot;
-      sums[lane] += d, along[lane] += n[i + lane] * d;
-    }
-  for (int lane = 0; i < count; ++i, ++lane) {
+  Lanes<Real> sums, along;
+  for_each_lane(count, [&](std::int64_t i, int lane) __attribute__((always_inline)) {
     const Real d = tangent[i] - pivot;
-    sums[lane] += d, along[lane] += n[i] * d;
-  }
+    sums.of[lane] += d, along.of[lane] += n[i] * d;
+  });
   return {sum_of_lanes(sums), sum_of_lanes(along)};
 }
 
 template <typename Real>
-INLINE void normalise_body(const Real* x, Normal<Real> normal, std::int64_t count, Real* n) {
-#pragma GCC ivdep
-  for (std::int64_t i = 0; i < count; ++i) n[i] = ((x[i] - normal.pivot) - normal.correction) * normal.scale;
-}
-
-template <typename Real>
 INLINE void norm_value_body(const Real* x, Normal<Real> normal, const Real* scale, const Real* shift,
-                            std::int64_t count, Real* n, Real* gain, Real* y) {
+                            std::int64_t count, Real* n, Real* y) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < count; ++i) {
     const Real value = ((x[i] - normal.pivot) - normal.correction) * normal.scale;
-    n[i] = value, gain[i] = normal.scale * scale[i];
+    n[i] = value;
     y[i] = value * scale[i] + shift[i];
   }
 }
 
 template <typename Real>
-INLINE void norm_tangent_body(const Real* tangent, const Real* n, const Real* gain, Projection<Real> projection,
+INLINE void norm_tangent_body(const Real* tangent, const Real* n, const Real* gain, Projection<Real> p,
                               std::int64_t count, Real* out) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < count; ++i)
-    out[i] = (((tangent[i] - projection.pivot) - projection.mean) - n[i] * projection.along) * gain[i];
+    out[i] = ((((tangent[i] - p.pivot) - p.mean) - n[i] * p.along) * p.scale) * gain[i];
 }
 
 // e^x for x <= 0, within 2 ulp, 0 where the result is subnormal. x = k ln 2 + r with |r| <= ln(2) / 2, ln 2 in two
@@ -115,7 +111,7 @@ INLINE float exp_of_negative(float x) {
 INLINE double exp_of_negative(double x) { return std::exp(x); }
 
 template <typename Real>
-INLINE void silu_with_slope_body(std::int64_t count, Real* y, Real* gain) {
+INLINE void silu_with_slope_body(const Real* scale, std::int64_t count, Real* y, Real* gain) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < count; ++i) {
     const Real value = y[i];
@@ -124,7 +120,7 @@ INLINE void silu_with_slope_body(std::int64_t count, Real* y, Real* gain) {
     // 1 - sigmoid is the other branch, not a difference
     const Real gate = value < 0 ? small * inverse : inverse, rest = value < 0 ? inverse : small * inverse;
     y[i] = value * gate;
-    gain[i] *= gate * (Real(1) + value * rest);
+    gain[i] = scale[i] * (gate * (Real(1) + value * rest));
   }
 }
 
@@ -149,14 +145,13 @@ INLINE void join_affine_body(const Real* weight, const Real* bias, const Real* m
   CLONES TwoSums tangent_sums(const Real* tangent, const Real* n, Real pivot, std::int64_t count) {                  \
     return tangent_sums_body(tangent, n, pivot, count);                                                              \
   }                                                                                                                  \
-  CLONES void normalise(const Real* x, Normal<Real> normal, std::int64_t count, Real* n) {                           \
-    normalise_body(x, normal, count, n);                                                                             \
-  }                                                                                                                  \
   CLONES void norm_value(const Real* x, Normal<Real> normal, const Real* scale, const Real* shift,                   \
-                         std::int64_t count, Real* n, Real* gain, Real* y) {                                         \
-    norm_value_body(x, normal, scale, shift, count, n, gain, y);                                                     \
+                         std::int64_t count, Real* n, Real* y) {                                                     \
+    norm_value_body(x, normal, scale, shift, count, n, y);                                                           \
   }                                                                                                                  \
-  CLONES void silu_with_slope(std::int64_t count, Real* y, Real* gain) { silu_with_slope_body(count, y, gain); }     \
+  CLONES void silu_with_slope(const Real* scale, std::int64_t count, Real* y, Real* gain) {                          \
+    silu_with_slope_body(scale, count, y, gain);                                                                     \
+  }                                                                                                                  \
   CLONES void norm_tangent(const Real* tangent, const Real* n, const Real* gain, Projection<Real> projection,        \
                            std::int64_t count, Real* out) {                                                          \
     norm_tangent_body(tangent, n, gain, projection, count, out);                                                     \

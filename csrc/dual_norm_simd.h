@@ -5,7 +5,7 @@
 
 namespace fastdensity::simd {
 
-constexpr std::int64_t kNormChunk = 2048;  // elements of a row handled at a time: the buffers stay in the L1/L2 cache
+constexpr std::int64_t kNormChunk = 2048;  // elements summed in the arithmetic's own type
 
 struct TwoSums {
   double first = 0, second = 0;
@@ -18,10 +18,10 @@ struct Normal {
   Real pivot = 0, correction = 0, scale = 1;
 };
 
-// ty = (((t - pivot) - mean) - n * along) * gain, with mean that of t - pivot
+// ty = (((t - pivot) - mean) - n * along) * scale * gain: mean is that of t - pivot, along that of n (t - pivot)
 template <typename Real>
 struct Projection {
-  Real pivot = 0, mean = 0, along = 0;
+  Real pivot = 0, mean = 0, along = 0, scale = 1;
 };
 
 #define FASTDENSITY_DECLARE(Real)                                                                                    \
@@ -30,12 +30,11 @@ struct Projection {
   TwoSums centred_sums(const Real* values, Real pivot, std::int64_t count);                                          \
   /* sums of d and of n d, d = tangent - pivot */                                                                    \
   TwoSums tangent_sums(const Real* tangent, const Real* n, Real pivot, std::int64_t count);                          \
-  void normalise(const Real* x, Normal<Real> normal, std::int64_t count, Real* n);                                   \
-  /* n as above, gain = normal.scale * scale, y = n * scale + shift; scale and shift are elementwise */              \
+  /* y = n * scale + shift, all elementwise */                                                                       \
   void norm_value(const Real* x, Normal<Real> normal, const Real* scale, const Real* shift, std::int64_t count,      \
-                  Real* n, Real* gain, Real* y);                                                                     \
-  /* in place: gain *= silu'(y), y = silu(y) */                                                                      \
-  void silu_with_slope(std::int64_t count, Real* y, Real* gain);                                                     \
+                  Real* n, Real* y);                                                                                 \
+  /* gain = scale * silu'(y), then y = silu(y) in place */                                                           \
+  void silu_with_slope(const Real* scale, std::int64_t count, Real* y, Real* gain);                                  \
   void norm_tangent(const Real* tangent, const Real* n, const Real* gain, Projection<Real> projection,               \
                     std::int64_t count, Real* out);                                                                  \
   /* scale = weight * multiplier, shift = bias * multiplier + addend; what is null counts as 1 or 0 */               \

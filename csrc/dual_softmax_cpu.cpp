@@ -28,7 +28,7 @@ constexpr std::int64_t kBlock = 2048;            // elements of a row summed in 
 constexpr int kLanes = 64;                       // independent partial results: nothing is left to reorder
 constexpr std::int64_t kSerialElements = 16384;  // below this a parallel region costs more than it saves
 
-// exp(x) for x <= 0 to about 1 ulp: 2^n e^r with |r| <= ln(2)/2 and a Taylor polynomial in r, refitted at degree 7.
+// exp(x) for x <= 0 to about 1 ulp: 2^n e^r with |r| <= ln(2)/2, and e^r as a Taylor polynomial of degree 7.
 // Results below the normal numbers become 0; NaN stays NaN.
 INLINE float exp_negative(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits

@@ -59,6 +59,7 @@ def dual_group_norm_cpu(
 def dual_softmax_cpu(
     x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /
 ) -> None: ...
+def dual_softmax_cpu(x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /) -> None: ...
 def dual_attention_cpu(
     scores: int,
     is_double: bool,

@@ -106,21 +106,23 @@ def result_shape(inputs: list[Tensor], is_dual: list[bool]) -> tuple[int, ...]:
     """(1 + K, *S) of a chain over these inputs; ValueError or TypeError where they do not fit together."""
     if not inputs or len(inputs) != len(is_dual):
         raise ValueError(f"is_dual must say of each input whether it is dual: {len(is_dual)} for {len(inputs)} inputs")
-    leads = set()
+    lead = None  # sizes may be symbols of a compiler: compared, never hashed
     for number, (tensor, dual) in enumerate(zip(inputs, is_dual, strict=True)):
         if tensor.dtype not in FLOATING or tensor.dtype != inputs[0].dtype:
             raise TypeError(f"inputs must share one floating dtype, got {tensor.dtype} after {inputs[0].dtype}")
         if dual and (tensor.dim() == 0 or tensor.shape[0] < 2):
             raise ValueError(f"inputs[{number}] must be a dual, (1 + K, *), got shape {tuple(tensor.shape)}")
-        if dual:
-            leads.add(tensor.shape[0])
-    if len(leads) != 1:
-        raise ValueError(f"inputs must hold duals of one number of tangents, got leading sizes {sorted(leads)}")
+        if dual and lead is not None and tensor.shape[0] != lead:
+            raise ValueError(
+                f"inputs must hold duals of one number of tangents, got {lead} and {tensor.shape[0]} planes"
+            )
+        lead = tensor.shape[0] if dual else lead
+    assert lead is not None  # `parse` has seen a dual
     shapes = [tensor.shape[1:] if dual else tensor.shape for tensor, dual in zip(inputs, is_dual, strict=True)]
     if all(shape == shapes[0] for shape in shapes):  # asking torch costs as much as a small chain
-        return (*leads, *shapes[0])
+        return (lead, *shapes[0])
     try:
-        return (*leads, *torch.broadcast_shapes(*shapes))
+        return (lead, *torch.broadcast_shapes(*shapes))
     except RuntimeError:
         listed = ", ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"inputs must broadcast against each other, got shapes {listed} (without tangents)") from None

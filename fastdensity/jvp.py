@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from fastdensity.boundary import FLOATING, describe
-from fastdensity.dual.cache import find
+from fastdensity.dual.cache import Dual, find
+from fastdensity.dual.nested import end_outer_trace
 from fastdensity.dual.table import Explanation, explanation
 
 
@@ -48,8 +49,8 @@ def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tenso
     """
     primals = _check_primals(primals)
     _check_vectors(vectors, primals[0])
-    dual = find(fn, primals)
-    return dual.run(primals, vectors)
+    end_outer_trace()
+    return find(fn, primals).run(fn, primals, vectors)
 
 
 def trace_jvp(fn: Callable[..., Tensor], primals: Any) -> fx.GraphModule:
@@ -59,7 +60,7 @@ def trace_jvp(fn: Callable[..., Tensor], primals: Any) -> fx.GraphModule:
     bound as they are now. It can be compiled with fullgraph=True and captured in a CUDA graph. Unlike `jvp` it
     does not notice changed attributes: trace again after those. Arguments and errors: see `jvp`.
     """
-    return find(fn, _check_primals(primals)).bound_graph(fn)
+    return _graph_of(fn, primals).bound_graph(fn)
 
 
 def explain(fn: Callable[..., Tensor], primals: Any) -> Explanation:
@@ -69,7 +70,16 @@ def explain(fn: Callable[..., Tensor], primals: Any) -> Explanation:
     node's kernel; "fallback": torch.func.jvp of that node), its floating-point operations and the user's line.
     Arguments and errors: see `jvp`.
     """
-    return explanation(find(fn, _check_primals(primals)))
+    return explanation(_graph_of(fn, primals))
+
+
+def _graph_of(fn: Callable[..., Tensor], primals: Any) -> Dual:
+    dual = find(fn, _check_primals(primals))
+    if not isinstance(dual, Dual):
+        raise NotImplementedError(
+            "fn calls fd.jvp itself, and no graph holds that; trace the inner function, or call fd.jvp(fn, ...)"
+        )
+    return dual
 
 
 def _check_primals(primals: Any) -> tuple[Any, ...]:

@@ -17,11 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.offline import TARGETS, Resources, measure_all
+from benchmarks.offline import MATRIX_INSTRUCTIONS, ROOMS, TARGETS, Resources, measure_all
 
 ROOT = Path(__file__).parent.parent
 CUDA_SOURCES = sorted(ROOT.glob("csrc/*.cu"))
 CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100a")
+# what the variants of each room must compile between them
+KERNELS = {
+    "rows": {"whole_rows", "partial_sums", "finish_rows"},
+    "dual_conv": {"conv_tiles", "conv_pixels"},
+}
+MATRIX_ROOMS = ["dual_conv"]
+# bytes a block may have: A100, H100, B200, MI300
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -29,27 +37,74 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Resources]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        return measure_all(list(TARGETS))
+        return measure_all(list(TARGETS), brief=True)
+
+
+@pytest.fixture
+def mine(kernels, room, target) -> list[Resources]:
+    found = [kernel for kernel in kernels if (kernel.room, kernel.target) == (room, target)]
+    assert {kernel.kernel for kernel in found} == KERNELS[room]
+    return found
+
+
+def test_every_launcher_is_compiled_here():
+    files = [*ROOT.glob("triton_kernels/dual_*.py"), *ROOT.glob("triton_kernels/rows.py")]
+    assert {file.stem for file in files if "def launch_triton" in file.read_text()} == set(ROOMS)
+
+
+by_room = pytest.mark.parametrize("room", ROOMS)
+by_target = pytest.mark.parametrize("target", TARGETS)
 
 
 @needs_triton
-@pytest.mark.parametrize("target", TARGETS)
-def test_no_kernel_spills_or_uses_a_stack(kernels, target):
-    mine = [kernel for kernel in kernels if kernel.target == target]
-    assert {kernel.kernel for kernel in mine} == {"whole_rows", "partial_sums", "finish_rows"}
+@by_target
+@by_room
+def test_no_kernel_spills_or_uses_a_stack(mine):
     assert [kernel for kernel in mine if kernel.spills or kernel.stack] == []
 
 
 @needs_triton
-@pytest.mark.parametrize("target", TARGETS)
-def test_operands_are_read_16_bytes_at_a_time(kernels, target):
-    mine = [kernel for kernel in kernels if kernel.target == target]
+@by_target
+@by_room
+def test_operands_are_read_16_bytes_at_a_time(mine):
+    assert any(kernel.wide_loads_due for kernel in mine)
     assert [kernel for kernel in mine if kernel.loads["16"] < kernel.wide_loads_due] == []
-    for kernel in mine:
-        if "bfloat16" not in kernel.variant:
+
+
+@needs_triton
+@by_target
+def test_rows_are_read_in_no_other_way(kernels, target):
+    for kernel in kernels:
+        if (kernel.room, kernel.target) == ("rows", target) and "bfloat16" not in kernel.variant:
             # what is left are numbers per row: a quantile, a sample id, partial sums
             assert kernel.wide_loads_due > 0
             assert kernel.loads["8"] + kernel.loads["4"] <= 4, kernel
+
+
+@needs_triton
+@by_target
+@pytest.mark.parametrize("room", MATRIX_ROOMS)
+def test_products_of_halves_run_on_matrix_units(mine, target):
+    products = [kernel for kernel in mine if kernel.expects_mma]
+    assert products
+    wanted = set(MATRIX_INSTRUCTIONS[target])
+    assert [kernel for kernel in products if not wanted & set(kernel.mma)] == []
+
+
+@needs_triton
+@by_target
+@by_room
+def test_shared_memory_suffices(mine, target):
+    assert [kernel for kernel in mine if kernel.shared > SHARED_MEMORY[target]] == []
+
+
+@needs_triton
+def test_float32_products_keep_float32(kernels):
+    """TF32 has 10 bits: on NVIDIA's matrix units float32 would be that."""
+    singles = [kernel for kernel in kernels if "float32" in kernel.variant and kernel.target.startswith("sm_")]
+    singles = [kernel for kernel in singles if "bfloat16" not in kernel.variant]
+    assert singles
+    assert [kernel for kernel in singles if kernel.mma] == []
 
 
 def _kernels_compiled() -> list[int]:

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from fastdensity.boundary import describe
 from fastdensity.dual.capture import Captured, capture
-from fastdensity.dual.functional import make_functional
+from fastdensity.dual.functional import line_of, make_functional
+from fastdensity.dual.nested import NestedDual, NestedJvp, inside_trace
 from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.rewrite import Record, rewrite
 from fastdensity.dual.tracing import Traced, trace
@@ -27,6 +28,8 @@ from fastdensity.dual.watch import Watch
 _ATTRIBUTE = "_fastdensity_duals"
 _MOST_GRAPHS = 64
 _MANY_TRACES = 16
+_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _lock = threading.RLock()
 
 
@@ -38,13 +41,14 @@ class Dual:
         make_functional(self.traced.graph, self.traced.module, self.traced.sources)
         make_casts_explicit(self.traced.graph, autocast)
         self.records: list[Record]
+        _warn_of_dropout(self.traced.graph)
         self.graph, self.records = rewrite(self.traced)
         self.tensors = captured.tensors  # of the latest call
         self.watch = Watch(captured.modules, captured.objects)
         self.captured = captured  # keeps what the key names alive
         self.device_type = primals[0].device.type
 
-    def run(self, primals: tuple[Any, ...], vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, fn: Callable[..., Any], primals: tuple[Any, ...], vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The graph on these arguments; what autocast did is in the graph already."""
         if torch.is_autocast_enabled(self.device_type):
             with torch.autocast(self.device_type, enabled=False):
@@ -56,11 +60,23 @@ class Dual:
         return rewrite(self.traced, capture(fn).tensors)[0]
 
 
+def _warn_of_dropout(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        drops = node.target in _DROPOUTS and node.args[2] is True and node.args[1] != 0
+        if drops or (node.target is _ATTENTION and len(node.args) > 4 and node.args[4] != 0):
+            warnings.warn(
+                f"dropout is active in fn, at {line_of(node)}: the value and its tangents share one mask, and "
+                "results change from call to call; call model.eval() for the network itself",
+                stacklevel=6,
+            )
+            return
+
+
 class _Store:
     """The graphs of one module."""
 
     def __init__(self) -> None:
-        self.exact: OrderedDict[Hashable, Dual] = OrderedDict()  # by all shapes
+        self.exact: OrderedDict[Hashable, Dual | NestedDual] = OrderedDict()  # by all shapes
         self.general: dict[Hashable, list[Dual]] = {}  # by all shapes but the batch's
         self.traces = 0
 
@@ -70,9 +86,9 @@ class _Store:
     def __deepcopy__(self, memo: Any) -> _Store:
         return _Store()
 
-    def put(self, key: Hashable, general: Hashable, dual: Dual) -> None:
+    def put(self, key: Hashable, general: Hashable, dual: Dual | NestedDual) -> None:
         self.exact[key] = dual
-        if dual.traced.batch is not None and dual not in (duals := self.general.setdefault(general, [])):
+        if isinstance(dual, Dual) and dual.traced.batch is not None and dual not in (duals := self.general.setdefault(general, [])):
             duals.append(dual)
         while len(self.exact) > _MOST_GRAPHS:
             self.exact.popitem(last=False)
@@ -88,7 +104,10 @@ class _Store:
 _functions = _Store()
 
 
-def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> Dual:
+@torch.compiler.disable(
+    reason="fd.jvp looks its graph up in Python; where fullgraph=True is wanted, compile fd.trace_jvp(fn, primals)"
+)
+def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> Dual | NestedDual:
     """The dual of fn for such arguments: a kept one that still holds, or a new trace."""
     if not callable(fn):
         raise TypeError(f"fn must be a module or a function, got {describe(fn)}")
@@ -102,6 +121,8 @@ def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> Dual:
     everything = leaves + captured.tensors
     key = (mode, *map(_kind, everything))
     dual = store.exact.get(key)
+    if isinstance(dual, NestedDual):
+        return dual
     if dual is not None and dual.watch.fresh():
         dual.tensors = captured.tensors
         return dual
@@ -117,7 +138,7 @@ def _find_slowly(
     key: Hashable,
     parts: tuple[Any, list[Any], Tensor],
     autocast: bool,
-) -> Dual:
+) -> Dual | NestedDual:
     if stale is not None:
         store.forget(stale)
     mode, everything, x = parts
@@ -130,8 +151,12 @@ def _find_slowly(
             store.put(key, general, dual)
             dual.tensors = captured.tensors
             return dual
-    dual = Dual(captured, primals, autocast)
-    store.put(key, general, dual)
+    try:
+        with inside_trace():
+            made: Dual | NestedDual = Dual(captured, primals, autocast)
+    except NestedJvp:
+        made = NestedDual()
+    store.put(key, general, made)
     store.traces += 1
     if store.traces == _MANY_TRACES:
         warnings.warn(
@@ -139,7 +164,7 @@ def _find_slowly(
             "attribute, a shape) is a constant of the trace: pass it as a tensor",
             stacklevel=4,
         )
-    return dual
+    return made
 
 
 def _store(captured: Captured) -> _Store:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastdensity.dual import runtime
+
 aten = torch.ops.aten
 _BLOCKS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 _DROPPED = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
@@ -102,6 +104,9 @@ def _storage(node: fx.Node) -> Any:
 def _replace_mutation(graph: fx.Graph, node: fx.Node, sources: dict[str, tuple[str, Any]]) -> None:
     written = node.args[0]
     assert isinstance(written, fx.Node)
+    if node.target is aten.detach_.default:  # how torch.tensor(...) in the code looks; memory is not touched
+        node.target = aten.detach.default
+        return
     owner = _placeholder_of(written)
     if owner is not None:
         kind, name = sources[owner.name]
@@ -110,7 +115,7 @@ def _replace_mutation(graph: fx.Graph, node: fx.Node, sources: dict[str, tuple[s
         raise ValueError(f"fn writes into {what} in place at {line_of(node)}; write to a copy instead{hint}")
     with graph.inserting_before(node):
         value = graph.call_function(_functional_twin(node), node.args, node.kwargs)
-    value.meta = dict(node.meta)
+    value.meta = {**node.meta, "val": _elsewhere(node.meta["val"])}
     _rebind(graph, written, node, value)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
@@ -128,6 +133,8 @@ def _placeholder_of(node: fx.Node) -> fx.Node | None:
 def _functional_twin(node: fx.Node) -> Any:
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
+    if target is aten.copy_.default:
+        return runtime.overwrite
     name = target._schema.name.split("::")[1].removesuffix("_")
     packet = getattr(torch.ops.aten, name, None)
     overload = target._overloadname
@@ -147,7 +154,7 @@ def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node
             new = graph.call_function(scatter, (base.args[0], new, *base.args[1:]), dict(base.kwargs))
         source = base.args[0]
         assert isinstance(source, fx.Node)
-        new.meta = {**mutation.meta, "val": source.meta["val"]}
+        new.meta = {**mutation.meta, "val": _elsewhere(source.meta["val"])}
         base = source
     after = _later(graph, mutation)
     storage = _storage(base)
@@ -162,6 +169,12 @@ def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node
     base.replace_all_uses_with(new, lambda user: user in after and user not in skip)
     if written is not base:
         written.replace_all_uses_with(value, lambda user: user in after and user not in skip)
+
+
+def _elsewhere(fake: Any) -> Any:
+    """A fake tensor like this one in memory of its own."""
+    with fake.fake_mode:
+        return fake.clone()
 
 
 def _later(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:

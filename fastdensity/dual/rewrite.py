@@ -22,6 +22,7 @@ from fastdensity.dual.tracing import Traced
 aten = torch.ops.aten
 Rule = Callable[["Builder", fx.Node], fx.Node]
 RULES: dict[Any, Rule] = {}
+_READS = (aten.item.default, aten._local_scalar_dense.default)
 
 
 def rule(*names: str) -> Callable[[Any], Any]:
@@ -63,7 +64,7 @@ class Builder:
         self._captured = self.graph.placeholder("captured") if bind is None else None
         first = self.graph.call_function(operator.getitem, (self._primals, 0))
         self._input = self.graph.call_function(runtime.stack, (first, vectors))
-        self.count = self.graph.call_function(aten.sym_size.int, (self._input, 0))  # 1 + K
+        self.count = self.graph.call_function(runtime.size, (self._input, 0))  # 1 + K
         self._first = first
 
     # -- placeholders -------------------------------------------------------------------------------------------------
@@ -150,6 +151,10 @@ class Builder:
         """A node that carries no tangent: as it was, on values."""
         arguments = fx.map_arg(node.args, lambda item: self.value(item))
         keywords = fx.map_arg(node.kwargs, lambda item: self.value(item))
+        if node.target is aten.sym_size.int:
+            self.new[node] = self.call(runtime.size, *arguments)
+            self.is_dual[node] = False
+            return
         self.new[node] = self.graph.create_node(node.op, node.target, arguments, keywords)  # type: ignore[arg-type]
         self.is_dual[node] = False
         self.records[node] = Record(node, "plain")
@@ -207,8 +212,11 @@ def _dependent(traced: Traced) -> set[fx.Node]:
         if node.op == "placeholder":
             if traced.sources[node.name] == ("primal", (0,)):
                 found.add(node)
-        elif any(item in found for item in node.all_input_nodes) and not fallback.has_no_tangent(node):
-            found.add(node)
+        elif any(item in found for item in node.all_input_nodes):
+            if node.target in _READS:
+                raise ValueError(f"fn reads a tensor into a Python number, which has no tangent, at {line_of(node)}")
+            if not fallback.has_no_tangent(node):
+                found.add(node)
     return found
 
 

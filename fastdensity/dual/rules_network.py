@@ -58,9 +58,11 @@ def _pair(value: Any) -> list[Any]:
 @rule("layer_norm.default")
 def layer_norm(b: Builder, node: fx.Node, multiplier: Any = None, addend: Any = None) -> fx.Node:
     given = arguments_of(node)
-    if b.dual(given["weight"]) or b.dual(given["bias"]):
-        return NotImplemented  # type: ignore[return-value]
     size = math.prod(given["normalized_shape"])
+    if b.dual(given["weight"]) or b.dual(given["bias"]):  # torch's jvp of this norm is wrong when nested: not a fallback
+        norm = b.call(dual_layer_norm, b.stacked(given["input"]), size, None, None, given["eps"], None, None)
+        affine = [b.stacked(item) if item is not None else None for item in (given["weight"], given["bias"])]
+        return b.call(runtime.affine, norm, *affine)
     affine = b.plain(given["weight"]), b.plain(given["bias"])
     modulation = b.plain(multiplier), b.plain(addend)
     return b.call(dual_layer_norm, b.stacked(given["input"]), size, *affine, given["eps"], *modulation)
@@ -93,14 +95,15 @@ def group_norm(b: Builder, node: fx.Node, activation: str = "none") -> fx.Node:
 def batch_norm(b: Builder, node: fx.Node) -> fx.Node:
     """With running statistics an affine map per channel; with the batch's own, rows would depend on each other."""
     given = arguments_of(node)
+    if given.get("use_input_stats") and not b.dual(given["weight"]) and not b.dual(given["bias"]):
+        channels, parts = shape_of(node)[1], (b.plain(given["weight"]), b.plain(given["bias"]))
+        return b.call(dual_group_norm, b.stacked(given["input"]), channels, *parts, given["eps"], "none")
     if given.get("training") or node.target is aten.instance_norm.default:
-        if node.target is aten.batch_norm.default:
-            raise ValueError(
-                f"batch_norm in training mode couples the rows of a batch, at {line_of(node)}; call model.eval()"
-            )
-        return NotImplemented  # type: ignore[return-value]
+        raise ValueError(
+            f"{node.target} couples the rows of a batch or has no rule, at {line_of(node)}; call model.eval()"
+        )
     if any(b.dual(given[name]) for name in ("weight", "bias", "running_mean", "running_var")):
-        return NotImplemented  # type: ignore[return-value]
+        raise NotImplementedError(f"batch_norm with parameters that depend on the input, at {line_of(node)}")
     parts = [b.plain(given[name]) for name in ("weight", "bias", "running_mean", "running_var")]
     return b.call(runtime.batch_norm, b.stacked(given["input"]), *parts, given["eps"])
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fastdensity.dual import runtime
-from fastdensity.dual.rewrite import Builder, rule, shape_of
+from fastdensity.dual.rewrite import RULES, Builder, rule, shape_of
 
 aten = torch.ops.aten
 
@@ -190,3 +190,15 @@ def _images(b: Builder, node: fx.Node) -> fx.Node:
     flat = b.call(aten.flatten.using_ints, b.stacked(node.args[0]), 0, 1)
     out = b.call(node.target, flat, *b.plain(node.args[1:]), **b.plain(node.kwargs))
     return b.call(runtime.unflatten_like, out, b.stacked(node.args[0]))
+
+
+def overwrite(b: Builder, node: fx.Node) -> fx.Node:
+    """`target.copy_(source)` made functional: the source in the target's shape and type."""
+    source, rank = node.args[1], len(shape_of(node))
+    stacked = b.stacked(source)
+    for _ in range(rank - len(shape_of(source))):
+        stacked = b.call(aten.unsqueeze.default, stacked, 1)
+    return b.call(runtime.overwrite_dual, stacked, b.value(node.args[0]))
+
+
+RULES[runtime.overwrite] = overwrite

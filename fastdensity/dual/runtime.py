@@ -9,6 +9,21 @@ import torch
 from torch import Tensor
 
 
+def size(tensor: Tensor, dim: int) -> int:
+    """A size, asked in Python: vmap knows no rule for the operator of that name."""
+    return tensor.shape[dim]
+
+
+def overwrite(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `target.copy_(source)` leaves in target."""
+    return source.to(target.dtype).expand(target.shape)
+
+
+def overwrite_dual(stacked: Tensor, target: Tensor) -> Tensor:
+    """`overwrite` for a dual source."""
+    return stacked.to(target.dtype).expand(stacked.shape[0], *target.shape)
+
+
 def stack(value: Tensor, tangents: Tensor) -> Tensor:
     """`(*shape)` and `(K, *shape)` to one dual `(1 + K, *shape)`."""
     return torch.cat([value.unsqueeze(0), tangents])
@@ -127,3 +142,13 @@ def attention_with_dropout(
     tangents = weighted - probabilities * weighted.sum(-1, keepdim=True)
     dropped = dropout(torch.ops.aten.dropout.default, stack(probabilities, tangents), probability)
     return product(torch.matmul, dropped, value)
+
+
+def affine(norm: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """norm * weight + bias where all three are duals; weight and bias over the last dimensions."""
+    for factor, is_product in ((weight, True), (bias, False)):
+        if factor is None:
+            continue
+        aligned = factor.reshape(factor.shape[0], *(1,) * (norm.dim() - factor.dim()), *factor.shape[1:])
+        norm = product(torch.mul, norm, aligned) if is_product else norm + aligned
+    return norm

@@ -25,8 +25,10 @@ from torch import Tensor, fx, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdensity.dual.capture import Captured
+from fastdensity.dual.nested import NestedJvp
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
@@ -75,14 +77,15 @@ def trace(captured: Captured, primals: tuple[Any, ...]) -> Traced:
     Raises:
         ValueError: Python control flow that depends on tensor values, or an output that is no tensor.
     """
-    tensors = [_example(tensor) for tensor in captured.tensors]
-    arguments = (pytree.tree_map_only(Tensor, _example, primals), tensors)
     root = _Callable(captured)
     batch = primals[0].shape[0] if primals[0].dim() else 0
     with _quietly(), _progress():
+        arguments = pytree.tree_map_only(Tensor, _example, (primals, captured.tensors))
         if batch > 1:
             try:
                 return _read(_export(root, arguments, batch), captured, batch)
+            except NestedJvp:
+                raise
             except NotTraceable as error:
                 raise ValueError(str(error)) from error
             except Exception:
@@ -127,10 +130,12 @@ def _quietly() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with ExitStack() as stack:
         stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(redirect_stdout(StringIO()))
+        stack.enter_context(_lines_of_functions())
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -139,6 +144,26 @@ def _quietly() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def _lines_of_functions() -> Iterator[None]:
+    """Nodes remember the lines of plain functions, too; torch keeps those of modules' forward methods only."""
+    kind = fx.proxy.TracerBase
+    original = getattr(kind, "_filter_traceback_frames", None)
+    if original is None:
+        yield
+        return
+
+    def keep(self: Any, summary: traceback.StackSummary) -> traceback.StackSummary:
+        frames = [frame for frame in summary if not frame.filename.startswith((_TORCH, _HERE))]
+        return traceback.StackSummary.from_list(frames[-3:])
+
+    kind._filter_traceback_frames = keep  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind._filter_traceback_frames = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def _empty_result(
 
 _run = define(
     "dual_attention",
-    "Tensor query, Tensor key, Tensor value, bool query_dual, bool key_dual, bool value_dual, Tensor? mask, bool causal, "
-    "float scale",
+    "Tensor query, Tensor key, Tensor value, bool query_dual, bool key_dual, bool value_dual, "
+    "Tensor? mask, bool causal, float scale",
     reference.dual_attention,
     _empty_result,
 )

@@ -7,6 +7,7 @@ stay in the cache. Queries that share a key head (grouped-query attention) are o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def launch_cpu(
     result = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype)
     o = result.view(out.shape[0], groups, rows, out.shape[-1]).unbind(0)
     planes = out.shape[0] if query_dual or key_dual else 1
-    where = (heads, length, causal, 0, False, 0, 0, 0, 0)
+    where: tuple[Any, ...] = (heads, length, causal, 0, False, 0, 0, 0, 0)
     if mask is not None:
         mask = _dense_mask(mask, dtype, (batch, heads, length, keys))
         where = (heads, length, causal, mask.data_ptr(), mask.dtype == torch.bool, *mask.stride())

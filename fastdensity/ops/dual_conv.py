@@ -91,7 +91,9 @@ def dual_conv2d(
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
     size = _size(x, weight, stride, padding, dilation)
-    if size[0] < 1 or size[1] < 1:
+    if min(*size, *x.shape[3:]) < 1:
         reach = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in range(2)]
-        raise ValueError(f"x must be at least {reach} high and wide with its padding {padding}, got {describe(x)}")
+        raise ValueError(
+            f"x must not be empty and at least {reach} high and wide with its padding {padding}, got {describe(x)}"
+        )
     return _run(x, weight, bias, stride, padding, dilation, groups, activation)

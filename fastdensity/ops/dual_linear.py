@@ -1,4 +1,4 @@
-"""A linear layer on a dual, with the bias and activation that follow it: one GEMM for the value and all its tangents."""
+"""A linear layer on a dual with the bias and activation that follow it: one GEMM for the value and all tangents."""
 
 from __future__ import annotations
 

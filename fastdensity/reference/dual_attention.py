@@ -1,7 +1,7 @@
 """Scaled dot-product attention of duals in torch, with whole score matrices: what every kernel must compute.
 
-P = softmax(c Q K^T + mask), tS = c (tQ K^T + Q tK^T), tP = P (tS - rowsum(P tS)), tO = tP V + P tV. It is written out in
-matmul and softmax, since torch's fused attention has no forward mode and is asked for one when derivatives nest.
+P = softmax(c Q K^T + mask), tS = c (tQ K^T + Q tK^T), tP = P (tS - rowsum(P tS)), tO = tP V + P tV. It is written
+out in matmul and softmax, since torch's fused attention has no forward mode and is asked for one when derivatives nest.
 """
 
 from __future__ import annotations

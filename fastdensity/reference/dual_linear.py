@@ -37,7 +37,9 @@ def result_shape(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     if x.dim() < 2 or x.shape[0] < 2:
         raise ValueError(f"x must be a dual, (1 + K, *, C), got shape {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight must have shape (N, {x.shape[-1]}) for x of {tuple(x.shape)}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape (N, {x.shape[-1]}) for x of {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
     columns = weight.shape[0]
     if bias is not None and bias.shape != (columns,):
         raise ValueError(f"bias must have shape ({columns},), got {tuple(bias.shape)}")
