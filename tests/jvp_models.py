@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -31,7 +32,9 @@ class Case:
     call: Callable[[nn.Module], Call] = lambda model: model  # model -> function of the inputs
     rounds_to_float32: str = ""  # the module whose code computes parts in float32 whatever the model's dtype
     autocast: bool = False  # reduced precision is reached by autocast alone
+    name: str = ""
     vectors: Tensor = field(init=False)
+    models: dict[torch.dtype, nn.Module] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         randomise(self.model)
@@ -39,14 +42,21 @@ class Case:
         self.vectors = representable(torch.randn(3, *self.inputs[0].shape))
 
     def at(self, dtype: torch.dtype) -> tuple[Call, tuple[Tensor, ...], Tensor]:
-        """The call of a copy of the model, the inputs and the vectors in a dtype."""
+        """The call of the model in a dtype, its inputs and three directions; the same model object every time."""
         if self.autocast and dtype is not torch.float64:
             dtype = torch.float32
-        model = copy.deepcopy(self.model).to(dtype)
-        if isinstance(vars(model).get("dtype"), torch.dtype):  # torchcfm's networks cast their input to it
-            model.dtype = dtype  # type: ignore[assignment]
+        if dtype not in self.models:
+            self.models[dtype] = model = in_dtype(self.model, dtype)
+            if isinstance(vars(model).get("dtype"), torch.dtype):  # torchcfm's networks cast their input to it
+                model.dtype = dtype  # type: ignore[assignment]
         inputs = tuple(item.to(dtype) if item.is_floating_point() else item for item in self.inputs)
-        return self.call(model), inputs, self.vectors.to(dtype)
+        return self.call(self.models[dtype]), inputs, self.vectors.to(dtype)
+
+    @cached_property
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """Value and tangents by torch in float64."""
+        with self.precision(torch.float64):
+            return forward_mode(*self.at(torch.float64))
 
     @contextmanager
     def precision(self, dtype: torch.dtype) -> Iterator[None]:
@@ -59,18 +69,32 @@ class Case:
             yield
 
 
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy; diffusers' own `.to` warns about modules that it would keep in float32, of which there are none here."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        nn.Module.to(module, dtype)
+    return model
+
+
 @contextmanager
 def float64_stays(module: str) -> Iterator[None]:
-    """`x.float()` leaves float64 alone, and time embeddings are widened: what a float64 model would be."""
-    to_float32 = torch.Tensor.float
+    """Casts to float32 leave float64 alone, and time embeddings are widened: what a float64 model would be."""
+    to_float32, to = torch.Tensor.float, torch.Tensor.to
     owner: Any = importlib.import_module(module)
     with ExitStack() as stack:
         stay = lambda x, *rest: x if x.dtype is torch.float64 else to_float32(x, *rest)  # noqa: E731
         stack.enter_context(mock.patch.object(torch.Tensor, "float", stay))
+        keep = lambda x, *rest, **options: x if _narrows(x, rest) else to(x, *rest, **options)  # noqa: E731
+        stack.enter_context(mock.patch.object(torch.Tensor, "to", keep))
         if hasattr(owner, "timestep_embedding"):
             embed = owner.timestep_embedding
             stack.enter_context(mock.patch.object(owner, "timestep_embedding", lambda *rest: embed(*rest).double()))
         yield
+
+
+def _narrows(x: Tensor, arguments: tuple[Any, ...]) -> bool:
+    return x.dtype is torch.float64 and arguments == (torch.float32,)
 
 
 @contextmanager
@@ -90,7 +114,7 @@ def forward_mode(call: Call, inputs: tuple[Tensor, ...], vectors: Tensor) -> tup
         return torch.func.jvp(lambda x: call(x, *rest), (x,), (vector,))  # type: ignore[return-value]
 
     with differentiable(), torch.no_grad():
-        out, tangents = torch.func.vmap(push, out_dims=(None, 0))(vectors)
+        out, tangents = torch.func.vmap(push, out_dims=(None, 0), randomness="same")(vectors)
     return out, tangents
 
 
@@ -201,8 +225,8 @@ def unet() -> Case:
 def conditional_unet() -> Case:
     model = _diffusers(
         "UNet2DConditionModel", sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
-        block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=12, attention_head_dim=2,
+        block_out_channels=(8,), norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=12, attention_head_dim=2,
     )  # fmt: skip
     call = lambda model: lambda x, t, text: model(x, t, text).sample  # noqa: E731
     return Case(model, (torch.randn(3, 4, 8, 8), torch.tensor([3.0, 5.0, 8.0]), torch.randn(3, 7, 12)), call)
@@ -228,7 +252,7 @@ def sd3() -> Case:
     def call(model: nn.Module) -> Call:
         return lambda x, t, text, pooled: model(x, text, pooled, t, return_dict=False)[0]
 
-    return Case(model, inputs, call)
+    return Case(model, inputs, call, rounds_to_float32="diffusers")
 
 
 def flux() -> Case:
@@ -237,8 +261,8 @@ def flux() -> Case:
         attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=6,
         axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    inputs = torch.randn(3, 9, 4), torch.tensor([0.25, 0.5, 0.75]), torch.randn(3, 5, 12), torch.randn(3, 6)
-    image_ids = torch.stack([torch.zeros(9), *(item.flatten() for item in torch.meshgrid(*(torch.arange(3.0),) * 2))], 1)
+    inputs = torch.randn(3, 9, 4), torch.tensor([0.125, 0.25, 0.5]), torch.randn(3, 5, 12), torch.randn(3, 6)
+    image_ids = torch.stack([torch.zeros(9), *(item.flatten() for item in torch.meshgrid(*(torch.arange(3.0),) * 2, indexing="ij"))], 1)
 
     def call(model: nn.Module) -> Call:
         ids = {"img_ids": image_ids, "txt_ids": torch.zeros(5, 3)}
@@ -254,7 +278,8 @@ def pixart() -> Case:
         "PixArtTransformer2DModel", num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
         num_layers=1, cross_attention_dim=16, sample_size=8, patch_size=2, caption_channels=12,
     )  # fmt: skip
-    inputs = torch.randn(3, 4, 8, 8), torch.tensor([3, 5, 8]), torch.randn(3, 7, 12), torch.tensor([[1.0] * 7, [1.0] * 4 + [0.0] * 3, [1.0] * 6 + [0.0]])
+    mask = (torch.arange(7) < torch.tensor([[7], [4], [6]])).float()
+    inputs = torch.randn(3, 4, 8, 8), torch.tensor([3, 5, 8]), torch.randn(3, 7, 12), mask
     conditions = {"resolution": None, "aspect_ratio": None}
 
     def call(model: nn.Module) -> Call:

@@ -115,7 +115,7 @@ def _replace_mutation(graph: fx.Graph, node: fx.Node, sources: dict[str, tuple[s
         raise ValueError(f"fn writes into {what} in place at {line_of(node)}; write to a copy instead{hint}")
     with graph.inserting_before(node):
         value = graph.call_function(_functional_twin(node), node.args, node.kwargs)
-    value.meta = {**node.meta, "val": _elsewhere(node.meta["val"])}
+    value.meta = dict(node.meta)
     _rebind(graph, written, node, value)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
@@ -154,12 +154,13 @@ def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node
             new = graph.call_function(scatter, (base.args[0], new, *base.args[1:]), dict(base.kwargs))
         source = base.args[0]
         assert isinstance(source, fx.Node)
-        new.meta = {**mutation.meta, "val": _elsewhere(source.meta["val"])}
+        new.meta = {**mutation.meta, "val": source.meta["val"]}
         base = source
     after = _later(graph, mutation)
     storage = _storage(base)
     for node in graph.nodes:
-        aliased = node is not base and node not in views and node is not written and _storage(node) == storage
+        own = node is base or node is written or node is mutation or node in views
+        aliased = not own and _storage(node) == storage
         if aliased and node not in after and storage is not None and any(user in after for user in node.users):
             raise ValueError(
                 f"{mutation.target} at {line_of(mutation)} overwrites memory that is read later through another view; "
@@ -169,12 +170,6 @@ def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node
     base.replace_all_uses_with(new, lambda user: user in after and user not in skip)
     if written is not base:
         written.replace_all_uses_with(value, lambda user: user in after and user not in skip)
-
-
-def _elsewhere(fake: Any) -> Any:
-    """A fake tensor like this one in memory of its own."""
-    with fake.fake_mode:
-        return fake.clone()
 
 
 def _later(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:

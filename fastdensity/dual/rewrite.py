@@ -190,6 +190,8 @@ def rewrite(traced: Traced, bind: list[Tensor] | None = None) -> tuple[fx.GraphM
         else:
             _node(builder, node)
     module = fx.GraphModule(_Holder(builder.attributes), builder.graph, "DualGraph")
+    for number, root in enumerate(traced.roots):  # GraphModule has copied the skeleton with today's parameter objects
+        setattr(module, f"root{number}", root)
     return module, list(builder.records.values())
 
 
