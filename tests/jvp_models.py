@@ -152,7 +152,7 @@ class VelocityMLP(nn.Module):
         self.net = nn.Sequential(*layers, nn.Linear(width, 5))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.net(torch.cat([x, t[:, None].expand(len(x), 1)], dim=-1))  # type: ignore[no-any-return]
+        return self.net(torch.cat([x, t[:, None].expand(x.shape[0], 1)], dim=-1))  # type: ignore[no-any-return]
 
 
 def mlp() -> Case:

@@ -85,15 +85,18 @@ def _is_same(node: fx.Node) -> bool:
         return True
     if node.target is aten.dropout.default:
         return node.args[2] is False or node.args[1] == 0
-    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.to.device, aten.to.other):
-        before, after = node.args[0].meta.get("val"), node.meta.get("val")
-        return (
-            isinstance(before, Tensor)
-            and isinstance(after, Tensor)
-            and before.dtype == after.dtype
-            and before.device == after.device
-        )
-    return False
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):  # by an output scale of 1, as many networks do
+        factor: Any = node.args[1]
+        return bool(factor == 1) and not node.kwargs and _same_kind(node.args[0], node)
+    casts = (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.to.device, aten.to.other)
+    return node.target in casts and _same_kind(node.args[0], node)
+
+
+def _same_kind(before: fx.Node, after: fx.Node) -> bool:
+    old, new = before.meta.get("val"), after.meta.get("val")
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return False
+    return old.dtype == new.dtype and old.device == new.device
 
 
 def _storage(node: fx.Node) -> Any:
