@@ -121,7 +121,24 @@ def _gelu(node: fx.Node) -> list[Step]:
 
 
 def _softplus(node: fx.Node) -> list[Step]:
-    return [("softplus", (node.args[0],))] if len(node.args) == 1 and not node.kwargs else []  # type: ignore[list-item]
+    """softplus(beta x) / beta, with torch's own threshold."""
+    given: tuple[Any, ...] = node.args[1:]
+    beta, threshold = (*given, *(1, 20)[len(given) :])
+    if not _number(beta) or beta == 0 or threshold != 20 or node.kwargs:
+        return []
+    if beta == 1:
+        return [("softplus", (node.args[0],))]  # type: ignore[list-item]
+    scaled: Any = ("scale", (node.args[0], float(beta)))
+    return [scaled, ("softplus", (Earlier(0),)), ("scale", (Earlier(1), 1 / float(beta)))]
+
+
+def _mish(node: fx.Node) -> list[Step]:
+    gate: list[Step] = [("softplus", (node.args[0],)), ("tanh", (Earlier(0),))]  # type: ignore[list-item]
+    return [*gate, ("mul", (node.args[0], Earlier(1)))]  # type: ignore[list-item]
+
+
+def _log_sigmoid(node: fx.Node) -> list[Step]:
+    return [("neg", (node.args[0],)), ("softplus", (Earlier(0),)), ("neg", (Earlier(1),))]  # type: ignore[list-item]
 
 
 def _leaky_relu(node: fx.Node) -> list[Step]:
@@ -143,5 +160,7 @@ _WRITERS: dict[Any, Callable[[fx.Node], list[Step]]] = {
     aten.pow.Tensor_Scalar: _pow,
     aten.gelu.default: _gelu,
     aten.softplus.default: _softplus,
+    aten.mish.default: _mish,
+    aten.log_sigmoid.default: _log_sigmoid,
     aten.leaky_relu.default: _leaky_relu,
 }

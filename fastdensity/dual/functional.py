@@ -87,15 +87,18 @@ def _is_same(node: fx.Node) -> bool:
         return node.args[2] in (0, None) and node.args[3] in (None, 2**63 - 1)
     if node.target is aten.dropout.default:
         return node.args[2] is False or node.args[1] == 0
-    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.to.device, aten.to.other):
-        before, after = node.args[0].meta.get("val"), node.meta.get("val")
-        return (
-            isinstance(before, Tensor)
-            and isinstance(after, Tensor)
-            and before.dtype == after.dtype
-            and before.device == after.device
-        )
-    return False
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):  # by an output scale of 1, as many networks do
+        factor: Any = node.args[1]
+        return bool(factor == 1) and not node.kwargs and _same_kind(node.args[0], node)
+    casts = (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.to.device, aten.to.other)
+    return node.target in casts and _same_kind(node.args[0], node)
+
+
+def _same_kind(before: fx.Node, after: fx.Node) -> bool:
+    old, new = before.meta.get("val"), after.meta.get("val")
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return False
+    return old.dtype == new.dtype and old.device == new.device
 
 
 def _storage(node: fx.Node) -> Any:
@@ -117,7 +120,7 @@ def _replace_mutation(graph: fx.Graph, node: fx.Node, sources: dict[str, tuple[s
         raise ValueError(f"fn writes into {what} in place at {line_of(node)}; write to a copy instead{hint}")
     with graph.inserting_before(node):
         value = graph.call_function(_functional_twin(node), node.args, node.kwargs)
-    value.meta = {**node.meta, "val": _elsewhere(node.meta["val"])}
+    value.meta = dict(node.meta)
     _rebind(graph, written, node, value)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
@@ -156,12 +159,13 @@ def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node
             new = graph.call_function(scatter, (base.args[0], new, *base.args[1:]), dict(base.kwargs))
         source = base.args[0]
         assert isinstance(source, fx.Node)
-        new.meta = {**mutation.meta, "val": _elsewhere(source.meta["val"])}
+        new.meta = {**mutation.meta, "val": source.meta["val"]}
         base = source
     after = _later(graph, mutation)
     storage = _storage(base)
     for node in graph.nodes:
-        aliased = node is not base and node not in views and node is not written and _storage(node) == storage
+        own = node is base or node is written or node is mutation or node in views
+        aliased = not own and _storage(node) == storage
         if aliased and node not in after and storage is not None and any(user in after for user in node.users):
             raise ValueError(
                 f"{mutation.target} at {line_of(mutation)} overwrites memory that is read later through another view; "
@@ -171,12 +175,6 @@ def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node
     base.replace_all_uses_with(new, lambda user: user in after and user not in skip)
     if written is not base:
         written.replace_all_uses_with(value, lambda user: user in after and user not in skip)
-
-
-def _elsewhere(fake: Any) -> Any:
-    """A fake tensor like this one in memory of its own."""
-    with fake.fake_mode:
-        return fake.clone()
 
 
 def _later(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:

@@ -42,7 +42,7 @@ def plan(graph: fx.Graph, dependent: set[fx.Node]) -> Plan:
     found = Plan()
     for node in graph.nodes:
         if node in dependent and node.op == "call_function":
-            for pattern in (_geglu, _activated, _modulated):
+            for pattern in (_geglu, _activated, _modulated, _folded):
                 if found.free(node) and pattern(found, node, dependent):
                     break
     _chains(found, graph, dependent)
@@ -88,6 +88,25 @@ def _activated(found: Plan, node: fx.Node, dependent: set[fx.Node]) -> bool:
     if not found.free(layer) or (layer.target is aten.conv2d.default and len(shape_of(layer)) != 4):
         return False
     found.take(node, [layer], emit.__name__, lambda b, n: emit(b, layer, activation))
+    return True
+
+
+def _folded(found: Plan, node: fx.Node, dependent: set[fx.Node]) -> bool:
+    """conv2d + batch norm with running statistics [+ activation]: the norm is a factor of the kernel."""
+    if node.target is not aten.batch_norm.default or node.args[5] or len(shape_of(node)) != 4:
+        return False
+    layer = node.args[0]
+    if not isinstance(layer, fx.Node) or layer.target is not aten.conv2d.default or not found.free(layer):
+        return False
+    plain = _plain_weights(layer, dependent) and _plain_weights(node, dependent)
+    if not plain or not _only_for(layer, node) or layer.meta["val"].dtype != node.meta["val"].dtype:
+        return False
+    user = next(iter(node.users))
+    activation = activation_of(user) if _only_for(node, user) else None
+    if activation in _EPILOGUES[aten.conv2d.default][1]:
+        found.take(user, [layer, node], "conv2d", lambda b, n: rules_network.conv2d(b, layer, activation, node))
+    else:
+        found.take(node, [layer], "conv2d", lambda b, n: rules_network.conv2d(b, layer, "none", node))
     return True
 
 

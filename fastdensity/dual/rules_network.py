@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -42,13 +43,23 @@ def linear(b: Builder, node: fx.Node, activation: str = "none") -> fx.Node:
 
 
 @rule("conv2d.default")
-def conv2d(b: Builder, node: fx.Node, activation: str = "none") -> fx.Node:
+def conv2d(b: Builder, node: fx.Node, activation: str = "none", norm: fx.Node | None = None) -> fx.Node:
+    """Over the stack as more images; a batch norm behind it goes into its kernel."""
     given = arguments_of(node)
     if b.dual(given["weight"]) or b.dual(given["bias"]) or len(shape_of(given["input"])) != 4:
         return NotImplemented  # type: ignore[return-value]
     pairs = [_pair(b.plain(given[name])) for name in ("stride", "padding", "dilation")]
     weight, bias = b.plain(given["weight"]), b.plain(given["bias"])
+    if norm is not None:
+        folded = b.call(runtime.fold_batch_norm, weight, bias, *_batch_norm_parts(b, norm))
+        weight, bias = (b.call(operator.getitem, folded, number) for number in range(2))
     return b.call(dual_conv2d, b.stacked(given["input"]), weight, bias, *pairs, given["groups"], activation)
+
+
+def _batch_norm_parts(b: Builder, node: fx.Node) -> list[Any]:
+    given = arguments_of(node)
+    names = ("weight", "bias", "running_mean", "running_var")
+    return [*(b.plain(given[name]) for name in names), given["eps"]]
 
 
 def _pair(value: Any) -> list[Any]:
@@ -104,8 +115,7 @@ def batch_norm(b: Builder, node: fx.Node) -> fx.Node:
         )
     if any(b.dual(given[name]) for name in ("weight", "bias", "running_mean", "running_var")):
         raise NotImplementedError(f"batch_norm with parameters that depend on the input, at {line_of(node)}")
-    parts = [b.plain(given[name]) for name in ("weight", "bias", "running_mean", "running_var")]
-    return b.call(runtime.batch_norm, b.stacked(given["input"]), *parts, given["eps"])
+    return b.call(runtime.batch_norm, b.stacked(given["input"]), *_batch_norm_parts(b, node))
 
 
 @rule("softmax.int", "_softmax.default")

@@ -118,13 +118,33 @@ def batch_norm(
     stacked: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> Tensor:
     """Batch norm with running statistics on (1 + K, B, C, *)."""
-    gain = torch.rsqrt(variance + eps)
+    gain, shift = _affine_of_batch_norm(weight, bias, mean, variance, eps)
+    trailing = (1,) * (stacked.dim() - 3)
+    scaled = stacked.to(gain.dtype) * gain.reshape(-1, *trailing)
+    return add_to_value(scaled, shift, len(trailing)).to(stacked.dtype)
+
+
+def fold_batch_norm(
+    kernel: Tensor, offset: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Kernel and bias of the convolution that does what the given one and a batch norm behind it do."""
+    gain, shift = _affine_of_batch_norm(weight, bias, mean, variance, eps)
+    if offset is not None:
+        shift = shift + offset * gain
+    return (kernel * gain.reshape(-1, *(1,) * (kernel.dim() - 1))).to(kernel.dtype), shift.to(kernel.dtype)
+
+
+def _affine_of_batch_norm(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(C,) factor and (C,) addend, in float32 or better."""
+    wide = torch.promote_types(variance.dtype, torch.float32)
+    gain = torch.rsqrt(variance.to(wide) + eps)
     if weight is not None:
         gain = gain * weight
-    shift = -mean * gain if bias is None else bias - mean * gain
-    trailing = (1,) * (stacked.dim() - 3)
-    scaled = stacked * gain.reshape(-1, *trailing).to(stacked.dtype)
-    return add_to_value(scaled, shift.to(stacked.dtype), len(trailing))
+    shift = -mean * gain
+    return gain, shift if bias is None else shift + bias
 
 
 def attention_with_dropout(

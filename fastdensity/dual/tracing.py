@@ -249,14 +249,14 @@ def _constant_source(program: Any, target: str, captured: Captured) -> tuple[str
 
 
 def _guard(program: Any, batch: int | None) -> Callable[[int], bool]:
-    """For which batch sizes the trace holds: all conditions that the code has put on its one symbol."""
+    """For which batch sizes the trace holds: all conditions that the code has put on its symbols."""
     if batch is None:
         return lambda size: False
     environment = _shape_environment(program)
-    symbols = {symbol for value in program.range_constraints for symbol in value.free_symbols}
-    if environment is None or len(symbols) > 1:
+    symbols = _batch_symbols(program, batch)
+    if environment is None or not symbols:
         return lambda size: size == batch
-    conditions = [guard.expr for guard in environment.guards]
+    conditions = [environment.replace(guard.expr) for guard in environment.guards]  # in symbols that are left
 
     def holds(size: int) -> bool:
         if size < 2:
@@ -268,6 +268,22 @@ def _guard(program: Any, batch: int | None) -> Callable[[int], bool]:
         return all(bool(condition.xreplace(at_size)) for condition in conditions if condition.free_symbols <= symbols)
 
     return holds
+
+
+def _batch_symbols(program: Any, batch: int) -> set[sympy.Symbol]:
+    """What stands for the batch size in the inputs; nothing if the code fixed it in one of them, as len(x) does."""
+    inputs = set(program.graph_signature.user_inputs)
+    found = set()
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if node.name in inputs and isinstance(value, Tensor) and value.dim():
+            size: Any = value.shape[0]
+            expression = sympy.Integer(size) if isinstance(size, int) else size.node.expr
+            if expression.is_symbol:
+                found.add(expression)
+            elif expression == batch or expression.free_symbols:
+                return set()
+    return found
 
 
 def _shape_environment(program: Any) -> Any:
