@@ -26,6 +26,7 @@ lint: $(VENV)/.test ## formatting, ruff, mypy
 
 bench: $(VENV)/.test ## the CPU benchmarks: tables, and JSON under benchmarks/results
 	$(BIN)/python -m benchmarks.run rows
+	$(BIN)/python -m benchmarks.run jvp
 
 gpu: ## on a machine with a CUDA device: build, GPU tests, sanitizer, benchmarks (no network needed)
 	bash benchmarks/gpu.sh

@@ -1,4 +1,4 @@
-"""Run a benchmark, print its table, write its JSON: `python -m benchmarks.run rows [--rounds N] [--out FILE]`."""
+"""Run a benchmark, print its table, write its JSON: `python -m benchmarks.run rows|jvp [--rounds N] [--out FILE]`."""
 
 from __future__ import annotations
 
@@ -73,17 +73,27 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 print(f"  {ours} over {rival}: {seconds[rival] / seconds[ours]:.2f}x")
 
 
+def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]:
+    from benchmarks import jvp, rows
+
+    if benchmark == "jvp":
+        records = jvp.run(rounds or jvp.ROUNDS, slow)
+        jvp.print_table(records)
+    else:
+        records = rows.run(rounds or 30)
+        print_table(records)
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("benchmark", choices=["rows"])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("benchmark", choices=["rows", "jvp"])
+    parser.add_argument("--rounds", type=int, default=None, help="default: 30 for rows, 15 for jvp")
+    parser.add_argument("--slow", action="store_true", help="jvp: also rivals that compile for minutes")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (default: benchmarks/results/NAME-cpu.json)")
     options = parser.parse_args()
-    from benchmarks import rows
-
     with torch.no_grad():
-        records = rows.run(options.rounds)
-    print_table(records)
+        records = _run(options.benchmark, options.rounds, options.slow)
     path = options.out or RESULTS / f"{options.benchmark}-cpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "records": records}, indent=1) + "\n")
