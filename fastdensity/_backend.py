@@ -30,17 +30,22 @@ def requested() -> str:
     return name
 
 
-def choose(device_type: str) -> str:
-    """The backend for tensors on 'cpu' or 'cuda': the requested one, or the best that works there."""
+def choose(device_type: str, op: str = "rows") -> str:
+    """The backend for tensors on 'cpu' or 'cuda': the requested one, or the best that works there.
+
+    Dual ops have no CUDA C++: on GPUs they are Triton's.
+    """
     name = requested()
     if name == "auto":
         if device_type == "cpu":
             name = "cpu"
         elif device_type == "cuda":
-            name = "cuda" if _cuda_problem() is None else "triton"
+            name = "cuda" if op == "rows" and _cuda_problem() is None else "triton"
         else:
             name = "torch"  # mps, xpu, ...: the only implementation that exists for them
     problem = _problem(name, device_type)
+    if problem is None and name == "cuda" and op != "rows":
+        problem = f"{op} has no kernel in CUDA C++; use auto or triton"
     if problem is not None:
         raise RuntimeError(f"backend {name!r} cannot run on {device_type} tensors: {problem}")
     return name
@@ -49,11 +54,11 @@ def choose(device_type: str) -> str:
 def launcher(op: str, device_type: str, room: str | None = None) -> Launcher:
     """The function that launches `op` for tensors of this device; chosen on the first call, see `use`.
 
-    Ops that share a `room` share its files; there the function is called after the op, `dual_rms_norm_cpu`.
+    `room` is the module's stem where several ops share one; the function is then called after the op.
     """
     found = _launchers.get((op, device_type))
     if found is None:
-        found = _launchers[op, device_type] = _load(op, choose(device_type), room)
+        found = _launchers[op, device_type] = _load(op, choose(device_type, op), room)
     return found
 
 

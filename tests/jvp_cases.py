@@ -89,7 +89,7 @@ LINEAR = {
     "masked_fill": lambda x: x.masked_fill(MASK, 3.0).square(),
     "conv1d": lambda x: F.conv1d(x.reshape(2, 24, 6), KERNEL_1D, CHANNELS.repeat(2), padding=1),
     "conv3d": lambda x: F.conv3d(x[:, :, None], KERNEL_3D, padding=(0, 1, 1)),
-    "conv_same": lambda x: F.conv2d(x, KERNEL, padding="same") + F.conv1d(x[0, 0], KERNEL_1D[:, :6], padding="same").sum(),
+    "conv_same": lambda x: F.conv2d(x, KERNEL, padding="same") + F.conv1d(x[:, 0], KERNEL_1D[:, :6], padding="same").sum(),
     "conv_transpose": lambda x: F.conv_transpose2d(x, BACK, OTHER[:2], stride=2, padding=1),
     "conv_transpose_1d_3d": lambda x: F.conv_transpose1d(x[:, :, 0], BACK[..., 0]).sum()
     + F.conv_transpose3d(x[:, :, None], BACK[:, :, None]),
@@ -134,6 +134,7 @@ ELEMENTWISE = {
     "activations": lambda x: F.relu(x) + F.leaky_relu(x, 0.2) + F.softplus(x) + F.gelu(x) + F.gelu(x, approximate="tanh"),
     "division": lambda x: x / (x.square() + 1) + SQUARE / (x.square() + 1),
     "broadcast": lambda x: x * CHANNELS[:, None, None] + x[:, :1] * x[0, 0] + x[0, 0, 0],
+    "mish": lambda x: F.mish(x) + F.logsigmoid(x) + F.softplus(x, 2.0),
     "twice": lambda x: x.sin() * x.sin() + x.sin(),
 }  # fmt: skip
 
@@ -142,7 +143,7 @@ FALLBACK = {
     "logsumexp": lambda x: x.logsumexp(-1),
     "power": lambda x: (x.abs() + 1) ** 2.5,
     "cumprod": lambda x: x.cumprod(-1),
-    "mish": F.mish,
+    "elu": F.elu,
     "norm": lambda x: torch.linalg.vector_norm(x, dim=-1),
     "max_pool": lambda x: F.max_pool2d(x, 2),
     "amax": lambda x: x.amax(-1),

@@ -157,7 +157,7 @@ def _lines_of_functions() -> Iterator[None]:
         return
 
     def keep(self: Any, summary: traceback.StackSummary) -> traceback.StackSummary:
-        frames = [frame for frame in summary if not frame.filename.startswith((_TORCH, _HERE))]
+        frames = [frame for frame in summary if not frame.filename.startswith((_TORCH, _HERE, "<"))]
         return traceback.StackSummary.from_list(frames[-3:])
 
     kind._filter_traceback_frames = keep  # type: ignore[method-assign]
