@@ -23,7 +23,7 @@ MOST_STAGES = 2 if torch.version.hip else 3  # 64 KiB of shared memory there
 TILES: dict[tuple[int, int], tuple[int, int, int, int, int]] = {
     (2, 2): (64, 128, 64, 8, 3),
     (2, 3): (64, 64, 64, 8, 3),
-    (2, 4): (64, 64, 64, 8, 3),
+    (2, 4): (64, 64, 32, 8, 3),
     (2, 6): (64, 32, 64, 8, 3),
     (4, 2): (64, 32, 16, 4, 2),
     (4, 3): (64, 32, 16, 4, 2),
