@@ -62,17 +62,24 @@ def _is_modern(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def blocks(itemsize: int, columns: int, tangents: int, modern: bool) -> dict[str, int]:
-    """Queries, keys, tangents and warps of a program, for rows of `columns` elements: what fits without spilling."""
+def blocks(
+    itemsize: int, columns: int, tangents: int, modern: bool, padded: bool = False, masked: bool = False
+) -> dict[str, int]:
+    """Queries, keys, tangents and warps of a program, for rows of `columns` elements: what fits without spilling.
+
+    Padded rows and masks take registers, too.
+    """
+    roomy = modern and not padded
     if itemsize == 2 and columns <= 64:
-        group = 2 if modern and tangents > 1 else 1
-        keys = 64 if modern and group == 1 else 32
+        group = 2 if roomy and tangents > 1 else 1
+        keys = 64 if roomy and group == 1 else 32
         return {"GROUP": group, "QUERIES": 64, "KEYS": keys, "SLICE": columns, "num_warps": 4, "num_stages": 2}
     if itemsize == 2 and columns <= 128:
-        keys = 32 if modern else 16
-        return {"GROUP": 1, "QUERIES": 128, "KEYS": keys, "SLICE": columns, "num_warps": 8, "num_stages": 2}
-    queries = 32 if (itemsize == 4 and columns <= 64) or (itemsize == 2 and columns <= 256) else 16
-    warps = 4 if columns <= (128 if itemsize == 4 else 64) else 8
+        queries, keys, warps = (128, 32, 8) if roomy and not masked else (64, 16, 4) if modern else (128, 16, 8)
+        return {"GROUP": 1, "QUERIES": queries, "KEYS": keys, "SLICE": columns, "num_warps": warps, "num_stages": 2}
+    # float32 at 64 columns with fewer warps or more queries: Triton 3.9 dies in an assertion of LLVM's vectoriser
+    four_warps = (itemsize == 4 and 64 < columns <= 128) or (itemsize == 8 and columns <= 64)
+    queries, warps = 32 if itemsize == 2 and columns <= 256 else 16, 4 if four_warps else 8
     return {"GROUP": 1, "QUERIES": queries, "KEYS": 16, "SLICE": 16, "num_warps": warps, "num_stages": 1}
 
 
@@ -95,7 +102,8 @@ def plan(
     tangents = planes - 1
     columns, v_columns = (max(16, triton.next_power_of_2(size)) for size in (width, v_width))
     kind, mask, mask_strides = _mask(mask, (batch, heads, length, keys))
-    sizes = blocks(out.element_size(), max(columns, v_columns), tangents, modern)
+    padded = (width, v_width) != (columns, v_columns)
+    sizes = blocks(out.element_size(), max(columns, v_columns), tangents, modern, padded, kind != "none")
     if sizes["SLICE"] > 16:
         sizes["SLICE"] = columns
     groups = triton.cdiv(tangents, sizes["GROUP"])
