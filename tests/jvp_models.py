@@ -1,4 +1,4 @@
-"""Tiny networks of the kinds that people sample from, with weights that leave no layer at zero; used by test_jvp_models.
+"""Tiny networks of the kinds that people sample from, with weights that leave no layer at zero.
 
 Weights and inputs are representable in bfloat16, so that one float64 truth serves every dtype.
 """
@@ -262,7 +262,9 @@ def flux() -> Case:
         axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     inputs = torch.randn(3, 9, 4), torch.tensor([0.125, 0.25, 0.5]), torch.randn(3, 5, 12), torch.randn(3, 6)
-    image_ids = torch.stack([torch.zeros(9), *(item.flatten() for item in torch.meshgrid(*(torch.arange(3.0),) * 2, indexing="ij"))], 1)
+    image_ids = torch.stack(
+        [torch.zeros(9), *(item.flatten() for item in torch.meshgrid(*(torch.arange(3.0),) * 2, indexing="ij"))], 1
+    )
 
     def call(model: nn.Module) -> Call:
         ids = {"img_ids": image_ids, "txt_ids": torch.zeros(5, 3)}
@@ -283,9 +285,7 @@ def pixart() -> Case:
     conditions = {"resolution": None, "aspect_ratio": None}
 
     def call(model: nn.Module) -> Call:
-        return lambda x, t, text, mask: model(
-            x, text, t, conditions, encoder_attention_mask=mask, return_dict=False
-        )[0]
+        return lambda x, t, text, mask: model(x, text, t, conditions, encoder_attention_mask=mask, return_dict=False)[0]
 
     return Case(model, inputs, call)
 
