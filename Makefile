@@ -49,6 +49,7 @@ $(VENV)/.sample: $(SOURCES) | $(BIN)/python
 
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps torchcfm  # its own list has torchvision, for CUDA only
 	touch $@ $(VENV)/.sample
 
 # A second environment sees the packages of the first, but not its editable install of fastdensity.

@@ -169,20 +169,30 @@ void dual_conv_cpu_entry(std::int64_t out, std::int64_t bias, int dtype, std::in
   dual_conv_cpu(call, threads);
 }
 
-// Do these dictionaries hold the very objects that they held when the snapshots (tuples of their values) were taken?
+// Do these dictionaries and lists hold the very objects that they held when the snapshots (tuples) were taken?
 // A network of a thousand modules is asked at every call of fd.jvp; in Python that would cost as much as a layer.
-bool unchanged(nb::list dicts, nb::list snapshots) {
-  const Py_ssize_t count = PyList_Size(dicts.ptr());
-  if (count != PyList_Size(snapshots.ptr())) return false;
-  for (Py_ssize_t i = 0; i < count; ++i) {  // borrowed references: nothing here runs Python code
-    PyObject *entries = PyList_GetItem(dicts.ptr(), i), *snapshot = PyList_GetItem(snapshots.ptr(), i);
-    if (!PyDict_Check(entries) || !PyTuple_Check(snapshot)) return false;
-    const Py_ssize_t size = PyDict_Size(entries);
-    if (size != PyTuple_Size(snapshot)) return false;
+bool holds(PyObject* container, PyObject* snapshot) {
+  const Py_ssize_t size = PyTuple_Size(snapshot);
+  if (PyDict_Check(container)) {
+    if (PyDict_Size(container) != size) return false;
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t position = 0, number = 0;
-    while (number < size && PyDict_Next(entries, &position, &key, &value))
+    while (number < size && PyDict_Next(container, &position, &key, &value))
       if (PyTuple_GetItem(snapshot, number++) != value) return false;
+    return true;
+  }
+  if (!PyList_Check(container) || PyList_Size(container) != size) return false;
+  for (Py_ssize_t number = 0; number < size; ++number)
+    if (PyTuple_GetItem(snapshot, number) != PyList_GetItem(container, number)) return false;
+  return true;
+}
+
+bool unchanged(nb::list containers, nb::list snapshots) {
+  const Py_ssize_t count = PyList_Size(containers.ptr());
+  if (count != PyList_Size(snapshots.ptr())) return false;
+  for (Py_ssize_t i = 0; i < count; ++i) {  // borrowed references: nothing here runs Python code
+    PyObject *container = PyList_GetItem(containers.ptr(), i), *snapshot = PyList_GetItem(snapshots.ptr(), i);
+    if (!PyTuple_Check(snapshot) || !holds(container, snapshot)) return false;
   }
   return true;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import pickle
@@ -27,12 +28,18 @@ class Field(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.scale = 1.0
         self.offset = torch.zeros(6, dtype=torch.float64)
+        self.scales, self.options = {"adapter": 1.0}, [SimpleNamespace(power=2)]
 
     def forward(self, x, t=None):
         h = self.norm(F.silu(self.first(x)))
         if t is not None:
             h = h * (1 + t[:, None])
-        return self.scale * self.last(self.drop(h)) + (x * x) * self.offset
+        scale = self.scale * self.scales["adapter"]
+        return (
+            scale * self.last(self.drop(h))
+            + x ** self.options[0].power * self.offset
+            + x.sin() * (self.options[0].power - 2)
+        )
 
 
 @pytest.fixture
@@ -217,6 +224,8 @@ CHANGES = {
     "tensor attribute": lambda field: setattr(field, "offset", draw(6)),
     "tensor attribute in place": lambda field: field.offset.add_(1),
     "attribute of a child": lambda field: setattr(field.norm, "eps", 0.5),
+    "dictionary in place": lambda field: field.scales.update(adapter=3.0),
+    "object in a list in place": lambda field: setattr(field.options[0], "power", 3),
     "hook": lambda field: field.first.register_forward_hook(lambda module, arguments, out: out * 3),
     "pre-hook": lambda field: field.first.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 3,)),
     "forward patched": lambda field: setattr(field.last, "forward", lambda h: h[:, :6] * 2),
@@ -231,6 +240,23 @@ def test_changes_are_seen(field, change):
     assert_right(field, (x, t), vectors)
     after = torch.cat([part.flatten() for part in fd.jvp(field, (x, t), vectors)])
     assert not torch.equal(before, after)
+
+
+def test_changes_in_slots_are_seen(field):
+    @dataclasses.dataclass(slots=True)
+    class Flow:
+        model: nn.Module
+        gain: float
+        shift: torch.Tensor
+
+        def velocity(self, x):
+            return self.gain * self.model(x) + self.shift * x
+
+    flow, x, vectors = Flow(field, 2.0, draw(6)), draw(4, 6), draw(2, 4, 6)
+    assert_right(flow.velocity, (x,), vectors)
+    for name, value in (("gain", 3.0), ("shift", draw(6)), ("model", Field().double().eval())):
+        setattr(flow, name, value)
+        assert_right(flow.velocity, (x,), vectors)
 
 
 def test_values_of_parameters_do_not_cost_a_trace(field, traces):

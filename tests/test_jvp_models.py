@@ -39,10 +39,10 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 
 def traces_of(model: nn.Module) -> int:
-    return sum(vars(model)[cache._ATTRIBUTE].traces.values())
+    return sum(vars(model)[cache.STORE].traces.values())
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value_and_tangents(case: Case, dtype: torch.dtype) -> None:
     """Three directions at once and one, three samples and two, from one trace, as near the truth as torch is."""
@@ -81,7 +81,7 @@ def test_nothing_falls_back(case: Case) -> None:
     assert bool(explained.fallbacks) == (case.name in FALL_BACK), explained.summary()
 
 
-# -- what changes between calls -----------------------------------------------------------------------------------------
+# -- what changes between calls ----------------------------------------------------------------------------------------
 def assert_right(case: Case, model: nn.Module, dtype: torch.dtype = torch.float64) -> None:
     """`model` as it is now, against torch."""
     call = case.call(model)
@@ -179,7 +179,7 @@ def test_dtypes_change_between_calls() -> None:
     assert_right(case, model.bfloat16(), torch.bfloat16)
 
 
-# -- training mode ------------------------------------------------------------------------------------------------------
+# -- training mode -----------------------------------------------------------------------------------------------------
 def with_dropout() -> Case:
     case = mlp()
     case.model = VelocityMLP(
@@ -223,7 +223,7 @@ def test_one_dropout_mask_for_value_and_tangents(make: Callable[[], Case]) -> No
     assert_right(case, model)
 
 
-# -- torch.compile ------------------------------------------------------------------------------------------------------
+# -- torch.compile -----------------------------------------------------------------------------------------------------
 def block() -> Case:
     """One transformer block: norms, attention, a gated feed-forward layer."""
     attention = pytest.importorskip("diffusers.models.attention")

@@ -23,9 +23,8 @@ from fastdensity.dual.nested import NestedDual, NestedJvpError, inside_trace
 from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.rewrite import Record, rewrite
 from fastdensity.dual.tracing import Traced, trace
-from fastdensity.dual.watch import Watch
+from fastdensity.dual.watch import STORE, Watch
 
-_ATTRIBUTE = "_fastdensity_duals"
 _MOST_GRAPHS = 64
 _MANY_TRACES = 16
 _DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
@@ -175,9 +174,9 @@ def _store(captured: Captured) -> _Store:
     if not captured.modules:
         return _functions
     attributes = vars(captured.modules[0])
-    store = attributes.get(_ATTRIBUTE)
+    store = attributes.get(STORE)
     if store is None:
-        store = attributes[_ATTRIBUTE] = _Store()
+        store = attributes[STORE] = _Store()
     return store
 
 

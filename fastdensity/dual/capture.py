@@ -132,14 +132,21 @@ class _Walk:
         return (kind, names, tuple(key for key, _ in walked)), rebuild
 
     def _object(self, value: Any, depth: int) -> tuple[Hashable, Rebuild]:
-        """Anything else keeps its identity; its attributes are watched, and modules among them are found."""
+        """Anything else keeps its identity; its attributes are watched, and modules among them are found.
+
+        Slots stand in no dictionary that could be watched: what they hold is part of the key.
+        """
         self.seen.add(id(value))
         self.captured.objects.append(value)
         tensors = len(self.captured.tensors)
-        for attribute in _attributes(value).values():
+        for attribute in getattr(value, "__dict__", {}).values():
             self.value(attribute, depth + 1)
-        del self.captured.tensors[tensors:]  # they cannot be replaced from outside: constants, watched by identity
-        return ("object", id(value)), _constant(value)
+        slots = [self._in_slot(attribute, depth + 1) for attribute in _slots(value)]
+        del self.captured.tensors[tensors:]  # they cannot be replaced from outside: constants, known by identity
+        return ("object", id(value), *slots), _constant(value)
+
+    def _in_slot(self, value: Any, depth: int) -> Hashable:
+        return ("same", id(value)) if isinstance(value, Tensor) else self.value(value, depth)[0]
 
 
 def _constant(value: Any) -> Rebuild:
@@ -153,14 +160,12 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    found = dict(getattr(value, "__dict__", {}))
+def _slots(value: Any) -> list[Any]:
+    names = []
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
-            if not slot.startswith("__") and hasattr(value, slot):
-                found[slot] = getattr(value, slot)
-    return found
+        names += [slots] if isinstance(slots, str) else list(slots)
+    return [getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)]
 
 
 def _globals_of(function: types.FunctionType) -> dict[str, Any]:
