@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,16 +51,19 @@ def measure(name: str, tokens: int) -> int:
 
 
 def _reset_peak() -> int:
-    """Bytes now resident, which the peak starts from; where Linux does not let it, the peak so far."""
-    try:
+    """Bytes now resident, which the peak starts from; where the system does not let it, the peak so far."""
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak()
     return _peak()
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most that was resident. getrusage knows it too, but also what the parent held before this process began."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":
