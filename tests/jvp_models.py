@@ -1,4 +1,4 @@
-"""Tiny networks of the kinds that people sample from, with weights that leave no layer at zero; used by test_jvp_models.
+"""Tiny networks of the kinds that people sample from, no layer of them at zero; used by test_jvp_models.
 
 Weights and inputs are representable in bfloat16, so that one float64 truth serves every dtype.
 """
@@ -226,7 +226,7 @@ def conditional_unet() -> Case:
     model = _diffusers(
         "UNet2DConditionModel", sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
         block_out_channels=(8,), norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=12, attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=12, attention_head_dim=2, mid_block_type=None,
     )  # fmt: skip
     call = lambda model: lambda x, t, text: model(x, t, text).sample  # noqa: E731
     return Case(model, (torch.randn(3, 4, 8, 8), torch.tensor([3.0, 5.0, 8.0]), torch.randn(3, 7, 12)), call)
@@ -262,7 +262,9 @@ def flux() -> Case:
         axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     inputs = torch.randn(3, 9, 4), torch.tensor([0.125, 0.25, 0.5]), torch.randn(3, 5, 12), torch.randn(3, 6)
-    image_ids = torch.stack([torch.zeros(9), *(item.flatten() for item in torch.meshgrid(*(torch.arange(3.0),) * 2, indexing="ij"))], 1)
+    image_ids = torch.stack(
+        [torch.zeros(9), *(item.flatten() for item in torch.meshgrid(*(torch.arange(3.0),) * 2, indexing="ij"))], 1
+    )
 
     def call(model: nn.Module) -> Call:
         ids = {"img_ids": image_ids, "txt_ids": torch.zeros(5, 3)}
@@ -283,9 +285,7 @@ def pixart() -> Case:
     conditions = {"resolution": None, "aspect_ratio": None}
 
     def call(model: nn.Module) -> Call:
-        return lambda x, t, text, mask: model(
-            x, text, t, conditions, encoder_attention_mask=mask, return_dict=False
-        )[0]
+        return lambda x, t, text, mask: model(x, text, t, conditions, encoder_attention_mask=mask, return_dict=False)[0]
 
     return Case(model, inputs, call)
 
@@ -310,7 +310,10 @@ def flow_matching_unet() -> Case:
     return Case(model, inputs, call, rounds_to_float32="torchcfm.models.unet.unet", autocast=True)
 
 
-DIFFUSERS = {
+CASES: dict[str, Callable[[], Case]] = {
+    "MLP": mlp,
+    "MLP of many activations": mlp_of_activations,
+    "ResNet": resnet,
     "UNet2DModel": unet,
     "UNet2DConditionModel": conditional_unet,
     "DiTTransformer2DModel": dit,
@@ -318,11 +321,5 @@ DIFFUSERS = {
     "FluxTransformer2DModel": flux,
     "PixArtTransformer2DModel": pixart,
     "AutoencoderKL.decode": autoencoder,
-}
-CASES = {
-    "MLP": mlp,
-    "MLP of many activations": mlp_of_activations,
-    "ResNet": resnet,
-    **DIFFUSERS,
     "torchcfm": flow_matching_unet,
 }
