@@ -21,7 +21,6 @@ from fastdensity.dual.nested import end_outer_trace
 from fastdensity.dual.table import Explanation, explanation
 
 
-
 def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """fn(*primals) and its derivatives along K directions of the first primal.
 
@@ -44,8 +43,8 @@ def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tenso
         NotImplementedError: fn uses an operator that has no forward derivative (named, with its line).
 
     Under grad mode the result is differentiable once more, through plain torch operators; call it under
-    `torch.no_grad` (or `inference_mode`) where that is not wanted, which is faster. In training mode dropout draws one mask
-    for the value and its tangents.
+    `torch.no_grad` (or `inference_mode`) where that is not wanted, which is faster. In training mode dropout draws one
+    mask for the value and its tangents.
     """
     primals = _check_primals(primals)
     _check_vectors(vectors, primals[0])
@@ -112,5 +111,3 @@ def _check_vectors(vectors: Any, x: Tensor) -> None:
 
 def _sizes(x: Tensor) -> str:
     return ", ".join(map(str, x.shape))
-
-

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fastdensity.boundary import describe
 from fastdensity.dual.capture import Captured, capture
 from fastdensity.dual.functional import line_of, make_functional
-from fastdensity.dual.nested import NestedDual, NestedJvp, inside_trace
+from fastdensity.dual.nested import NestedDual, NestedJvpError, inside_trace
 from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.rewrite import Record, rewrite
@@ -54,8 +54,8 @@ class Dual:
         """The graph on these arguments; what autocast did is in the graph already."""
         if torch.is_autocast_enabled(self.device_type):
             with torch.autocast(self.device_type, enabled=False):
-                return self.graph(primals, vectors, self.tensors)  # type: ignore[no-any-return]
-        return self.graph(primals, vectors, self.tensors)  # type: ignore[no-any-return]
+                return self.graph(primals, vectors, self.tensors)
+        return self.graph(primals, vectors, self.tensors)
 
     def bound_graph(self, fn: Callable[..., Any]) -> fx.GraphModule:
         """The graph with the closed-over tensors as they are now."""
@@ -90,7 +90,11 @@ class _Store:
 
     def put(self, key: Hashable, general: Hashable, dual: Dual | NestedDual) -> None:
         self.exact[key] = dual
-        if isinstance(dual, Dual) and dual.traced.batch is not None and dual not in (duals := self.general.setdefault(general, [])):
+        if (
+            isinstance(dual, Dual)
+            and dual.traced.batch is not None
+            and dual not in (duals := self.general.setdefault(general, []))
+        ):
             duals.append(dual)
         while len(self.exact) > _MOST_GRAPHS:
             self.exact.popitem(last=False)
@@ -106,7 +110,7 @@ class _Store:
 _functions = _Store()
 
 
-@torch.compiler.disable(
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="fd.jvp looks its graph up in Python; where fullgraph=True is wanted, compile fd.trace_jvp(fn, primals)"
 )
 def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> Dual | NestedDual:
@@ -156,7 +160,7 @@ def _find_slowly(
     try:
         with inside_trace():
             made: Dual | NestedDual = Dual(captured, primals, autocast)
-    except NestedJvp:
+    except NestedJvpError:
         made = NestedDual()
     store.put(key, general, made)
     store.traces[captured.family] += 1
@@ -176,7 +180,7 @@ def _store(captured: Captured) -> _Store:
     store = attributes.get(_ATTRIBUTE)
     if store is None:
         store = attributes[_ATTRIBUTE] = _Store()
-    return store  # type: ignore[no-any-return]
+    return store
 
 
 def _leaves(primals: tuple[Any, ...]) -> tuple[list[Any], Hashable]:

@@ -1,4 +1,4 @@
-"""Elementwise operators of torch in the language of chains (`fastdensity.chain_program`): one kernel runs a whole chain."""
+"""Elementwise operators of torch in the language of chains (`fastdensity.chain_program`): one kernel for a chain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Earlier(NamedTuple):
     number: int
 
 
-Operand = fx.Node | Earlier | float
+Operand = Any  # a node, an Earlier, or a number
 Step = tuple[str, tuple[Operand, ...]]
 
 _UNARY = {
@@ -52,7 +52,7 @@ def steps_of(node: fx.Node) -> list[Step]:
     write = _WRITERS.get(node.target)
     if write is None:
         name = _UNARY.get(node.target)
-        return [(name, (node.args[0],))] if name is not None and _tensor(node.args[0]) else []  # type: ignore[dict-item]
+        return [(name, (node.args[0],))] if name is not None and _tensor(node.args[0]) else []
     return write(node)
 
 
@@ -75,75 +75,75 @@ def _sum(node: fx.Node, sign: float, turned: bool = False) -> list[Step]:
     if turned and alpha != 1:
         return []
     if _tensor(left) and _number(right):
-        return [("shift", (left, float(right) * sign * alpha))]  # type: ignore[arg-type]
+        return [("shift", (left, float(right) * sign * alpha))]
     if _number(left) and _tensor(right):
-        return [("scale", (right, sign * alpha)), ("shift", (Earlier(0), float(left)))]  # type: ignore[arg-type]
+        return [("scale", (right, sign * alpha)), ("shift", (Earlier(0), float(left)))]
     if not (_tensor(left) and _tensor(right)):
         return []
     if alpha != 1:
-        return [("scale", (right, float(alpha))), ("add" if sign > 0 else "sub", (left, Earlier(0)))]  # type: ignore[arg-type]
-    return [("add" if sign > 0 else "sub", (left, right))]  # type: ignore[arg-type]
+        return [("scale", (right, float(alpha))), ("add" if sign > 0 else "sub", (left, Earlier(0)))]
+    return [("add" if sign > 0 else "sub", (left, right))]
 
 
 def _mul(node: fx.Node) -> list[Step]:
     left, right = node.args[:2]
     if _tensor(left) and _number(right):
-        return [("scale", (left, float(right)))]  # type: ignore[arg-type]
+        return [("scale", (left, float(right)))]
     if _number(left) and _tensor(right):
-        return [("scale", (right, float(left)))]  # type: ignore[arg-type]
-    return [("mul", (left, right))] if _tensor(left) and _tensor(right) else []  # type: ignore[arg-type]
+        return [("scale", (right, float(left)))]
+    return [("mul", (left, right))] if _tensor(left) and _tensor(right) else []
 
 
 def _div(node: fx.Node) -> list[Step]:
     left, right = node.args[:2]
     if _tensor(left) and _number(right) and right != 0:
-        return [("scale", (left, 1.0 / float(right)))]  # type: ignore[arg-type]
+        return [("scale", (left, 1.0 / float(right)))]
     if _number(left) and _tensor(right):
-        return [("reciprocal", (right,)), ("scale", (Earlier(0), float(left)))]  # type: ignore[arg-type]
-    return [("div", (left, right))] if _tensor(left) and _tensor(right) else []  # type: ignore[arg-type]
+        return [("reciprocal", (right,)), ("scale", (Earlier(0), float(left)))]
+    return [("div", (left, right))] if _tensor(left) and _tensor(right) else []
 
 
 def _pow(node: fx.Node) -> list[Step]:
     base, exponent = node.args[:2]
     if not (_tensor(base) and _number(exponent)):
         return []
-    name = _POWERS.get(float(exponent))  # type: ignore[arg-type]
+    name = _POWERS.get(float(exponent))
     if name is not None:
-        return [(name, (base,))]  # type: ignore[list-item]
+        return [(name, (base,))]
     if exponent == 3:
-        return [("square", (base,)), ("mul", (Earlier(0), base))]  # type: ignore[list-item]
+        return [("square", (base,)), ("mul", (Earlier(0), base))]
     return []
 
 
 def _gelu(node: fx.Node) -> list[Step]:
     kind = node.args[1] if len(node.args) > 1 else node.kwargs.get("approximate", "none")
-    return [("gelu_tanh" if kind == "tanh" else "gelu", (node.args[0],))]  # type: ignore[list-item]
+    return [("gelu_tanh" if kind == "tanh" else "gelu", (node.args[0],))]
 
 
 def _softplus(node: fx.Node) -> list[Step]:
     """softplus(beta x) / beta, with torch's own threshold."""
     given: tuple[Any, ...] = node.args[1:]
-    beta, threshold = (*given, *(1, 20)[len(given) :])
+    beta, threshold = (given + (1, 20)[len(given) :])[:2]
     if not _number(beta) or beta == 0 or threshold != 20 or node.kwargs:
         return []
     if beta == 1:
-        return [("softplus", (node.args[0],))]  # type: ignore[list-item]
+        return [("softplus", (node.args[0],))]
     scaled: Any = ("scale", (node.args[0], float(beta)))
     return [scaled, ("softplus", (Earlier(0),)), ("scale", (Earlier(1), 1 / float(beta)))]
 
 
 def _mish(node: fx.Node) -> list[Step]:
-    gate: list[Step] = [("softplus", (node.args[0],)), ("tanh", (Earlier(0),))]  # type: ignore[list-item]
-    return [*gate, ("mul", (node.args[0], Earlier(1)))]  # type: ignore[list-item]
+    gate: list[Step] = [("softplus", (node.args[0],)), ("tanh", (Earlier(0),))]
+    return [*gate, ("mul", (node.args[0], Earlier(1)))]
 
 
 def _log_sigmoid(node: fx.Node) -> list[Step]:
-    return [("neg", (node.args[0],)), ("softplus", (Earlier(0),)), ("neg", (Earlier(1),))]  # type: ignore[list-item]
+    return [("neg", (node.args[0],)), ("softplus", (Earlier(0),)), ("neg", (Earlier(1),))]
 
 
 def _leaky_relu(node: fx.Node) -> list[Step]:
     slope: Any = node.args[1] if len(node.args) > 1 else 0.01
-    return [("leaky_relu", (node.args[0], float(slope)))] if _number(slope) else []  # type: ignore[list-item]
+    return [("leaky_relu", (node.args[0], float(slope)))] if _number(slope) else []
 
 
 _WRITERS: dict[Any, Callable[[fx.Node], list[Step]]] = {

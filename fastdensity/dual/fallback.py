@@ -49,7 +49,7 @@ def emit(builder: Any, node: fx.Node) -> fx.Node:
     duals = [builder.new[flat[number]] for number in positions]
     constants = [None if number in positions else builder.plain(item) for number, item in enumerate(flat)]
     call = NodeCall(target, spec, positions, line_of(node))
-    return builder.call(call, duals, constants)  # type: ignore[no-any-return]
+    return builder.call(call, duals, constants)
 
 
 def _plain_containers(value: Any) -> Any:
@@ -68,6 +68,8 @@ class NodeCall:
         self.__module__, self.__qualname__ = __name__, self.__name__
 
     def __call__(self, duals: list[Tensor], constants: list[Any]) -> Any:
+        """One torch.func.jvp of the operator, vectorised over the tangents."""
+
         def call(*values: Tensor) -> Any:
             flat = list(constants)
             for position, value in zip(self.positions, values, strict=True):
@@ -82,9 +84,8 @@ class NodeCall:
 
         try:
             with sdpa_kernel(SDPBackend.MATH):
-                values, tangents = torch.func.vmap(push, out_dims=(None, 0), randomness="same")(
-                    *(dual[1:] for dual in duals)
-                )
+                batched = torch.func.vmap(push, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type]
+                values, tangents = batched(*(dual[1:] for dual in duals))
         except NotImplementedError as error:
             raise NotImplementedError(f"{self.target} has no forward-mode rule in torch, at {self.line}") from error
         return _restack(values, tangents)

@@ -16,7 +16,11 @@ from fastdensity.dual import runtime
 
 aten = torch.ops.aten
 _BLOCKS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
-_DROPPED = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+_DROPPED = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+)
 _SAME = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.alias.default)
 _VIEWS_THAT_SCATTER = {aten.select.int: aten.select_scatter.default, aten.slice.Tensor: aten.slice_scatter.default}
 
@@ -54,25 +58,27 @@ def _inline(node: fx.Node, module: fx.GraphModule) -> bool:
     if node.op != "call_function" or getattr(node.target, "__name__", "") not in _BLOCKS:
         return False
     position = next(
-        number for number, argument in enumerate(node.args) if isinstance(argument, fx.Node) and argument.op == "get_attr"
+        number
+        for number, argument in enumerate(node.args)
+        if isinstance(argument, fx.Node) and argument.op == "get_attr"
     )
-    inner = getattr(module, str(node.args[position].target)).graph  # type: ignore[union-attr]
+    inner = getattr(module, str(node.args[position].target)).graph
     values = dict(zip(inner.find_nodes(op="placeholder"), node.args[position + 1 :], strict=True))
-    grad_mode = node.target.__name__ == _BLOCKS[0]  # type: ignore[union-attr]
+    grad_mode = node.target.__name__ == _BLOCKS[0]
     mark = "without_grad" if grad_mode and node.args[0] is False else "autocast" if not grad_mode else None
     with node.graph.inserting_before(node):
-        results = node.graph.graph_copy(inner, values)  # type: ignore[arg-type]
+        results = node.graph.graph_copy(inner, values)
         copied = [values[item] for item in inner.nodes if item.op not in ("placeholder", "output")]
     for item in copied:
         if mark is not None and isinstance(item, fx.Node):
             item.meta[mark] = True
     for user in list(node.users):
         if user.target is operator.getitem:
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index,call-overload,arg-type]
+            user.replace_all_uses_with(results[user.args[1]])
             node.graph.erase_node(user)
     if node.users:
         single = results[0] if isinstance(results, (tuple, list)) else results
-        node.replace_all_uses_with(single)  # type: ignore[arg-type]
+        node.replace_all_uses_with(single)
     node.graph.erase_node(node)
     return True
 
@@ -131,7 +137,7 @@ def _placeholder_of(node: fx.Node) -> fx.Node | None:
     storage = _storage(node)
     for placeholder in node.graph.find_nodes(op="placeholder"):
         if placeholder is node or (storage is not None and _storage(placeholder) == storage):
-            return placeholder  # type: ignore[no-any-return]
+            return placeholder
     return None
 
 

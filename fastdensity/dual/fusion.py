@@ -29,6 +29,7 @@ class Plan:
     absorbed: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def take(self, last: fx.Node, others: list[fx.Node], name: str, rule: Rule) -> None:
+        """Emit the group by `rule` where its last node stands."""
         self.rules[last] = (name, rule)
         self.absorbed.update(dict.fromkeys(others, last))
 
@@ -127,11 +128,11 @@ def _geglu(found: Plan, node: fx.Node, dependent: set[fx.Node]) -> bool:
         if second.args != (chunk, 1) or half.args != (chunk, 0) or chunk.args[1] != 2 or not last:
             continue
         group = [layer, chunk, half, second, gate]
-        if not isinstance(layer, fx.Node) or layer.target is not aten.linear.default or not found.free(*group):  # type: ignore[arg-type]
+        if not isinstance(layer, fx.Node) or layer.target is not aten.linear.default or not found.free(*group):
             continue
         alone = _only_for(layer, chunk) and len(chunk.users) == 2 and _only_for(half, node) and _only_for(gate, node)
         if alone and _only_for(second, gate) and _plain_weights(layer, dependent) and _even(layer):
-            found.take(node, group, "linear", partial(_emit_geglu, layer=layer))  # type: ignore[arg-type]
+            found.take(node, group, "linear", partial(_emit_geglu, layer=layer))
             return True
     return False
 
@@ -141,7 +142,7 @@ def _emit_geglu(b: Builder, node: fx.Node, layer: fx.Node) -> fx.Node:
 
 
 def _even(layer: fx.Node) -> bool:
-    return shape_of(layer)[-1] % 2 == 0  # type: ignore[no-any-return]
+    return shape_of(layer)[-1] % 2 == 0
 
 
 def _modulated(found: Plan, node: fx.Node, dependent: set[fx.Node]) -> bool:
@@ -167,14 +168,14 @@ def _modulated(found: Plan, node: fx.Node, dependent: set[fx.Node]) -> bool:
 
 
 def _emit_modulated(b: Builder, node: fx.Node, emit: Any, layer: fx.Node, multiplier: Any, addend: Any) -> fx.Node:
-    return emit(b, layer, multiplier, addend)  # type: ignore[no-any-return]
+    return emit(b, layer, multiplier, addend)
 
 
 def _modulates(factor: Any, layer: fx.Node, dependent: set[fx.Node]) -> bool:
     """Is this a plain (B, 1, ..., C) or (C,) for rows of (B, N, ..., C)?"""
     if not isinstance(factor, fx.Node) or factor in dependent or not shape_of(factor):
         return False
-    if len(layer.args[1]) != 1:  # type: ignore[arg-type]
+    if len(layer.args[1]) != 1:
         return False
     if factor.meta["val"].dtype != layer.meta["val"].dtype:
         return False

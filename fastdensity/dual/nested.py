@@ -1,7 +1,7 @@
 """A jvp of a function that itself calls `fastdensity.jvp`: second order, for score alignment without scores.
 
-No graph holds torch.func transforms, so such a function is not traced. torch's forward mode runs over the inner dual graph,
-whose ops then go through their torch references.
+No graph holds torch.func transforms, so such a function is not traced. torch's forward mode runs over the inner dual
+graph, whose ops then go through their torch references.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _state = threading.local()
 
 
-class NestedJvp(Exception):
+class NestedJvpError(Exception):
     """Raised out of a trace that meets a jvp."""
 
 
@@ -35,7 +35,7 @@ def inside_trace() -> Iterator[None]:
 def end_outer_trace() -> None:
     """Called by each jvp: raise if a trace is going on around it."""
     if getattr(_state, "tracing", False):
-        raise NestedJvp
+        raise NestedJvpError
 
 
 class NestedDual:
@@ -48,4 +48,4 @@ class NestedDual:
             return torch.func.jvp(lambda x: fn(x, *primals[1:]), primals[:1], (vector,))
 
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.vmap(push, out_dims=(None, 0), randomness="same")(vectors)  # type: ignore[no-any-return]
+            return torch.func.vmap(push, out_dims=(None, 0), randomness="same")(vectors)  # type: ignore[arg-type]

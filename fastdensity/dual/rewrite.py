@@ -20,7 +20,8 @@ from fastdensity.dual.functional import line_of
 from fastdensity.dual.tracing import Traced
 
 aten = torch.ops.aten
-Rule = Callable[["Builder", fx.Node], fx.Node]
+Emitted = Any  # a node of the dual graph; NotImplemented where a rule does not cover the arguments
+Rule = Callable[["Builder", fx.Node], Emitted]
 RULES: dict[Any, Rule] = {}
 _READS = (aten.item.default, aten._local_scalar_dense.default)
 
@@ -84,7 +85,7 @@ class Builder:
         elif kind == "live":
             new = self.graph.get_attr(where)
         else:
-            new = self._held(where if kind == "constant" else self._bind[where])  # type: ignore[index]
+            new = self._held(where if kind == "constant" or self._bind is None else self._bind[where])
         self.new[node], self.is_dual[node] = new, dual
 
     def _held(self, tensor: Tensor) -> fx.Node:
@@ -155,7 +156,7 @@ class Builder:
             self.new[node] = self.call(runtime.size, *arguments)
             self.is_dual[node] = False
             return
-        self.new[node] = self.graph.create_node(node.op, node.target, arguments, keywords)  # type: ignore[arg-type]
+        self.new[node] = self.graph.create_node(node.op, node.target, arguments, keywords)
         self.is_dual[node] = False
         self.records[node] = Record(node, "plain")
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from fastdensity.dual import runtime
 from fastdensity.dual.functional import line_of
-from fastdensity.dual.rewrite import Builder, rule, shape_of
+from fastdensity.dual.rewrite import Builder, Emitted, rule, shape_of
 from fastdensity.ops.dual_attention import dual_attention
 from fastdensity.ops.dual_conv import dual_conv2d
 from fastdensity.ops.dual_linear import dual_linear
@@ -34,20 +34,20 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 
 
 @rule("linear.default")
-def linear(b: Builder, node: fx.Node, activation: str = "none") -> fx.Node:
+def linear(b: Builder, node: fx.Node, activation: str = "none") -> Emitted:
     """[x; t_1 .. t_K] W^T in one GEMM; bias and activation in its epilogue."""
     given = arguments_of(node)
     if b.dual(given["weight"]) or b.dual(given["bias"]):
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     return b.call(dual_linear, b.stacked(given["input"]), b.plain(given["weight"]), b.plain(given["bias"]), activation)
 
 
 @rule("conv2d.default")
-def conv2d(b: Builder, node: fx.Node, activation: str = "none", norm: fx.Node | None = None) -> fx.Node:
+def conv2d(b: Builder, node: fx.Node, activation: str = "none", norm: fx.Node | None = None) -> Emitted:
     """Over the stack as more images; a batch norm behind it goes into its kernel."""
     given = arguments_of(node)
     if b.dual(given["weight"]) or b.dual(given["bias"]) or len(shape_of(given["input"])) != 4:
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     pairs = [_pair(b.plain(given[name])) for name in ("stride", "padding", "dilation")]
     weight, bias = b.plain(given["weight"]), b.plain(given["bias"])
     if norm is not None:
@@ -67,43 +67,45 @@ def _pair(value: Any) -> list[Any]:
 
 
 @rule("layer_norm.default")
-def layer_norm(b: Builder, node: fx.Node, multiplier: Any = None, addend: Any = None) -> fx.Node:
+def layer_norm(b: Builder, node: fx.Node, multiplier: Any = None, addend: Any = None) -> Emitted:
+    """Layer norm; an adaptive one with its multiplier and addend in the same kernel."""
     given = arguments_of(node)
     size = math.prod(given["normalized_shape"])
-    if b.dual(given["weight"]) or b.dual(given["bias"]):  # torch's jvp of this norm is wrong when nested: not a fallback
+    if b.dual(given["weight"]) or b.dual(given["bias"]):
+        # no fallback: torch's jvp of this norm is wrong when nested
         norm = b.call(dual_layer_norm, b.stacked(given["input"]), size, None, None, given["eps"], None, None)
-        affine = [b.stacked(item) if item is not None else None for item in (given["weight"], given["bias"])]
-        return b.call(runtime.affine, norm, *affine)
+        parts = [b.stacked(item) if item is not None else None for item in (given["weight"], given["bias"])]
+        return b.call(runtime.affine, norm, *parts)
     affine = b.plain(given["weight"]), b.plain(given["bias"])
     modulation = b.plain(multiplier), b.plain(addend)
     return b.call(dual_layer_norm, b.stacked(given["input"]), size, *affine, given["eps"], *modulation)
 
 
 @rule("rms_norm.default")
-def rms_norm(b: Builder, node: fx.Node, multiplier: Any = None, addend: Any = None) -> fx.Node:
+def rms_norm(b: Builder, node: fx.Node, multiplier: Any = None, addend: Any = None) -> Emitted:
+    """Root-mean-square norm, with what modulates it."""
     given = arguments_of(node)
     if b.dual(given["weight"]):
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     eps = given["eps"]
     if eps is None:
         eps = torch.finfo(node.meta["val"].dtype).eps
     size, weight = math.prod(given["normalized_shape"]), b.plain(given["weight"])
-    return b.call(
-        dual_rms_norm, b.stacked(given["input"]), size, weight, eps, b.plain(multiplier), b.plain(addend)
-    )
+    return b.call(dual_rms_norm, b.stacked(given["input"]), size, weight, eps, b.plain(multiplier), b.plain(addend))
 
 
 @rule("group_norm.default")
-def group_norm(b: Builder, node: fx.Node, activation: str = "none") -> fx.Node:
+def group_norm(b: Builder, node: fx.Node, activation: str = "none") -> Emitted:
+    """Group norm, with SiLU in the same kernel."""
     given = arguments_of(node)
     if b.dual(given["weight"]) or b.dual(given["bias"]):
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     affine = b.plain(given["weight"]), b.plain(given["bias"])
     return b.call(dual_group_norm, b.stacked(given["input"]), given["num_groups"], *affine, given["eps"], activation)
 
 
 @rule("batch_norm.default", "instance_norm.default")
-def batch_norm(b: Builder, node: fx.Node) -> fx.Node:
+def batch_norm(b: Builder, node: fx.Node) -> Emitted:
     """With running statistics an affine map per channel; with the batch's own, rows would depend on each other."""
     given = arguments_of(node)
     if given.get("use_input_stats") and not b.dual(given["weight"]) and not b.dual(given["bias"]):
@@ -119,11 +121,12 @@ def batch_norm(b: Builder, node: fx.Node) -> fx.Node:
 
 
 @rule("softmax.int", "_softmax.default")
-def softmax(b: Builder, node: fx.Node) -> fx.Node:
+def softmax(b: Builder, node: fx.Node) -> Emitted:
+    """Softmax over any dimension; the kernel wants the last."""
     given = arguments_of(node)
     rank = len(shape_of(node))
     if rank == 0:
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     dim = given["dim"] % rank
     stacked = b.stacked(given["self"])
     if given.get("dtype") is not None:
@@ -135,12 +138,12 @@ def softmax(b: Builder, node: fx.Node) -> fx.Node:
 
 
 @rule("scaled_dot_product_attention.default")
-def attention(b: Builder, node: fx.Node) -> fx.Node:
+def attention(b: Builder, node: fx.Node) -> Emitted:
     """softmax(Q K^T c) V; factors that are plain (text) cost nothing."""
     given = arguments_of(node)
     query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
     if b.dual(mask) or not all(len(shape_of(item)) >= 2 for item in (query, key, value)):
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     scale = given["scale"]
     if scale is None:
         width: Any = shape_of(query)[-1]
@@ -153,12 +156,12 @@ def attention(b: Builder, node: fx.Node) -> fx.Node:
     if ranks == {4}:
         return _attention(b, [b.plain(item) for item in (query, key, value)], (query, key, value), given, scale)
     if len(ranks) != 1 or ranks == {2} or mask is not None or ranks != {3}:
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     parts = [b.call(aten.unsqueeze.default, b.plain(item), -3) for item in (query, key, value)]
     return b.call(aten.squeeze.dim, _attention(b, parts, (query, key, value), given, scale), -3)
 
 
-def _attention(b: Builder, parts: list[Any], nodes: tuple[Any, ...], given: dict[str, Any], scale: float) -> fx.Node:
+def _attention(b: Builder, parts: list[Any], nodes: tuple[Any, ...], given: dict[str, Any], scale: float) -> Emitted:
     duals = [b.dual(item) for item in nodes]
     mask = b.plain(given["attn_mask"])
     return b.call(dual_attention, *parts, *duals, mask, given["is_causal"], scale)

@@ -35,7 +35,7 @@ def promote(value: Tensor, count: int) -> Tensor:
 
 
 def without_grad(stacked: Tensor, line: str) -> Tensor:
-    """What was computed under torch.no_grad in the user's code, where forward mode goes on and reverse mode must not."""
+    """What the user's code computed under torch.no_grad: forward mode goes on there, reverse mode must not."""
     if torch.is_grad_enabled() and stacked.requires_grad:
         raise RuntimeError(
             f"backward through a jvp cannot pass a torch.no_grad block, at {line}; call jvp under torch.no_grad, "

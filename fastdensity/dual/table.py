@@ -53,7 +53,7 @@ class Explanation:
 
     def __str__(self) -> str:
         heads = ("node", "operator", "treatment", "shape", "GFLOP", "per tangent", "line")
-        cells = [heads]
+        cells: list[tuple[str, ...]] = [heads]
         for row in self.rows:
             numbers = tuple(f"{count / 1e9:.3f}" if count else "" for count in (row.flops, row.tangent_flops))
             shape = "x".join(map(str, row.shape))

@@ -1,8 +1,8 @@
 """One trace of a callable by torch.export, with errors that name the user's line.
 
 Non-strict export runs the user's Python once on fake tensors and records torch's operators, whole: linear, conv2d,
-group_norm, scaled_dot_product_attention stay one node each. Parameters become placeholders with the name under which the
-module holds them; the dual graph later asks the live module by that name.
+group_norm, scaled_dot_product_attention stay one node each. Parameters become placeholders with the name under which
+the module holds them; the dual graph later asks the live module by that name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdensity.dual.capture import Captured
-from fastdensity.dual.nested import NestedJvp
+from fastdensity.dual.nested import NestedJvpError
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
@@ -36,7 +36,7 @@ SLOW_SECONDS = 3.0  # after this long, say that a trace is going on
 Path_ = tuple[Any, ...]  # how to reach a leaf of the primals: indices and keys
 
 
-class NotTraceable(Exception):
+class NotTraceableError(Exception):
     """What the user's code did that no graph can hold; turned into a ValueError at the door."""
 
 
@@ -64,7 +64,7 @@ class _Callable(nn.Module):
     def forward(self, primals: tuple[Any, ...], tensors: list[Tensor]) -> Any:
         out = self._rebuild(tensors)(*primals)
         if not isinstance(out, Tensor):
-            raise NotTraceable(
+            raise NotTraceableError(
                 f"fn must return one tensor, got {type(out).__name__}; wrap it, for example "
                 "`lambda x: model(x, t).sample` or `model(x, t, return_dict=False)[0]`"
             )
@@ -84,15 +84,15 @@ def trace(captured: Captured, primals: tuple[Any, ...]) -> Traced:
         if batch > 1:
             try:
                 return _read(_export(root, arguments, batch), captured, batch)
-            except NestedJvp:
+            except NestedJvpError:
                 raise
-            except NotTraceable as error:
+            except NotTraceableError as error:
                 raise ValueError(str(error)) from error
             except Exception:
                 pass  # this network is made for one batch size only, or fails for another reason: the next call says
         try:
             return _read(_export(root, arguments, None), captured, None)
-        except NotTraceable as error:
+        except NotTraceableError as error:
             raise ValueError(str(error)) from error
         except Exception as error:
             if _is_data_dependent(error):
@@ -160,11 +160,11 @@ def _lines_of_functions() -> Iterator[None]:
         frames = [frame for frame in summary if not frame.filename.startswith((_TORCH, _HERE, "<"))]
         return traceback.StackSummary.from_list(frames[-3:])
 
-    kind._filter_traceback_frames = keep  # type: ignore[method-assign]
+    kind._filter_traceback_frames = keep
     try:
         yield
     finally:
-        kind._filter_traceback_frames = original  # type: ignore[method-assign]
+        kind._filter_traceback_frames = original
 
 
 @contextmanager
@@ -227,7 +227,9 @@ def _read(program: Any, captured: Captured, batch: int | None) -> Traced:
     signature = program.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
-            raise NotTraceable(f"fn writes into {spec.target!r} in place ({spec.kind.name.lower()}); call model.eval()")
+            raise NotTraceableError(
+                f"fn writes into {spec.target!r} in place ({spec.kind.name.lower()}); call model.eval()"
+            )
     leaves = [("primal", path) for path in _paths(program)]
     sources: dict[str, tuple[str, Any]] = {}
     inputs = iter(leaves)
@@ -248,7 +250,9 @@ def _paths(program: Any) -> list[Path_]:
     """For each user input in order: how to reach it from (primals, tensors)."""
     (arguments, _) = pytree.tree_unflatten(list(range(program.call_spec.in_spec.num_leaves)), program.call_spec.in_spec)
     paths = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
-    return [tuple(getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))) for key in path) for path in paths]
+    return [
+        tuple(getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))) for key in path) for path in paths
+    ]
 
 
 def _constant_source(program: Any, target: str, captured: Captured) -> tuple[str, Any]:
