@@ -79,7 +79,7 @@ def _cast_back(node: fx.Node, x: fx.Node) -> fx.Node:
     """The cast to x's type behind `node`, if that is what its result is for; else the node."""
     user = _only_user(node)
     cast = user is not None and user.target in _CASTS and user.args[0] is node
-    return user if cast and user.meta["val"].dtype == x.meta["val"].dtype else node  # type: ignore[return-value,union-attr]
+    return user if cast and user.meta["val"].dtype == x.meta["val"].dtype else node  # type: ignore[union-attr]
 
 
 def _is_weight(node: Any, x: fx.Node, sources: dict[str, tuple[str, Any]]) -> bool:
