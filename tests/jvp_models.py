@@ -1,4 +1,4 @@
-"""Tiny networks of the kinds that people sample from, with weights that leave no layer at zero.
+"""Tiny networks of the kinds that people sample from, no layer of them at zero; used by test_jvp_models.
 
 Weights and inputs are representable in bfloat16, so that one float64 truth serves every dtype.
 """
@@ -226,7 +226,7 @@ def conditional_unet() -> Case:
     model = _diffusers(
         "UNet2DConditionModel", sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
         block_out_channels=(8,), norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=12, attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=12, attention_head_dim=2, mid_block_type=None,
     )  # fmt: skip
     call = lambda model: lambda x, t, text: model(x, t, text).sample  # noqa: E731
     return Case(model, (torch.randn(3, 4, 8, 8), torch.tensor([3.0, 5.0, 8.0]), torch.randn(3, 7, 12)), call)
@@ -310,7 +310,10 @@ def flow_matching_unet() -> Case:
     return Case(model, inputs, call, rounds_to_float32="torchcfm.models.unet.unet", autocast=True)
 
 
-DIFFUSERS = {
+CASES: dict[str, Callable[[], Case]] = {
+    "MLP": mlp,
+    "MLP of many activations": mlp_of_activations,
+    "ResNet": resnet,
     "UNet2DModel": unet,
     "UNet2DConditionModel": conditional_unet,
     "DiTTransformer2DModel": dit,
@@ -318,11 +321,5 @@ DIFFUSERS = {
     "FluxTransformer2DModel": flux,
     "PixArtTransformer2DModel": pixart,
     "AutoencoderKL.decode": autoencoder,
-}
-CASES = {
-    "MLP": mlp,
-    "MLP of many activations": mlp_of_activations,
-    "ResNet": resnet,
-    **DIFFUSERS,
     "torchcfm": flow_matching_unet,
 }

@@ -9,13 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from jvp_models import CASES, DIFFUSERS, Case, VelocityMLP, dit, forward_mode, in_dtype, mlp, pixart, randomise, unet
+from jvp_models import (
+    CASES,
+    Case,
+    VelocityMLP,
+    dit,
+    forward_mode,
+    in_dtype,
+    mlp,
+    pixart,
+    randomise,
+    resnet,
+    unet,
+)
 from torch import Tensor, nn
 
 import fastdensity as fd
 from fastdensity.dual import cache
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+Tensors = tuple[Tensor, Tensor]
+NO_BFLOAT16 = {"UNet2DConditionModel", "PixArtTransformer2DModel"}  # made of what the others are made of: save time
 FALL_BACK = {"MLP of many activations"}  # elu and the like have no kernel of their own
 
 
@@ -38,14 +52,24 @@ def error(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm() / truth.norm())
 
 
+def assert_as_near(got: Tensors, by_torch: Tensors, truth: Tensors, dtype: torch.dtype) -> None:
+    """No further from the truth than twice torch's own distance; in float64, there."""
+    for ours, theirs, exact in zip(got, by_torch, truth, strict=True):
+        assert ours.dtype == theirs.dtype
+        bound = 1e-12 if dtype is torch.float64 else 2 * error(theirs, exact) + 2 * torch.finfo(dtype).eps
+        assert error(ours, exact) < bound
+
+
 def traces_of(model: nn.Module) -> int:
     return sum(vars(model)[cache.STORE].traces.values())
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
+# -- numbers ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value_and_tangents(case: Case, dtype: torch.dtype) -> None:
     """Three directions at once and one, three samples and two, from one trace, as near the truth as torch is."""
+    if dtype is torch.bfloat16 and case.name in NO_BFLOAT16:
+        pytest.skip("to save time")
     call, inputs, vectors = case.at(dtype)
     with case.precision(dtype):
         ours = fd.jvp(call, inputs, vectors)
@@ -53,16 +77,8 @@ def test_value_and_tangents(case: Case, dtype: torch.dtype) -> None:
         theirs = forward_mode(call, inputs, vectors)
     value, tangents = case.truth
     assert tangents.norm() > 0.01 * value.norm()
-    for got, by_torch, truth in zip(ours, theirs, (value, tangents), strict=True):
-        assert got.dtype == by_torch.dtype
-        bound = 1e-12 if dtype is torch.float64 else 2 * error(by_torch, truth) + 2 * torch.finfo(dtype).eps
-        assert error(got, truth) < bound
-    for got, by_torch, truth in zip(
-        fewer, (theirs[0][:2], theirs[1][:1, :2]), (value[:2], tangents[:1, :2]), strict=True
-    ):
-        assert error(got, truth) < 2 * error(by_torch, truth) + (
-            1e-12 if dtype is torch.float64 else 2 * torch.finfo(dtype).eps
-        )
+    assert_as_near(ours, theirs, case.truth, dtype)
+    assert_as_near(fewer, (theirs[0][:2], theirs[1][:1, :2]), (value[:2], tangents[:1, :2]), dtype)
     assert traces_of(case.models[inputs[0].dtype]) == (2 if case.autocast and dtype is torch.bfloat16 else 1)
 
 
@@ -81,7 +97,7 @@ def test_nothing_falls_back(case: Case) -> None:
     assert bool(explained.fallbacks) == (case.name in FALL_BACK), explained.summary()
 
 
-# -- what changes between calls ----------------------------------------------------------------------------------------
+# -- what changes between calls ---------------------------------------------------------------------------------------
 def assert_right(case: Case, model: nn.Module, dtype: torch.dtype = torch.float64) -> None:
     """`model` as it is now, against torch."""
     call = case.call(model)
@@ -149,12 +165,9 @@ def test_an_adapter_is_noticed() -> None:
     model: Any = in_dtype(case.model, torch.float64)
     assert_right(case, model)
     block = model.transformer_blocks[0]
-    plain, adapted = block.attn1.to_q, LowRank(block.attn1.to_q)
-    block.attn1.to_q = adapted
+    adapted = block.attn1.to_q = LowRank(block.attn1.to_q)
     assert_right(case, model)
     adapted.scale = 0.5
-    assert_right(case, model)
-    block.attn1.to_q = plain
     assert_right(case, model)
 
 
@@ -169,6 +182,39 @@ def test_fused_projections_are_noticed() -> None:
     assert_right(case, model)
 
 
+def test_a_later_trace_leaves_earlier_ones_in_place() -> None:
+    """torch.export puts copies of a module's tuples and lists in their place; nobody may see that."""
+    case = resnet()
+    vars(case.model)["shared"] = vars(case.model.stem)["shared"] = [1, 2]
+    call, inputs, vectors = case.at(torch.float32)
+    model: Any = case.models[torch.float32]
+    shared, kernel = model.shared, model.stem[0].kernel_size
+    for _ in range(2):
+        fd.jvp(call, inputs, vectors)
+        fd.jvp(call, tuple(item[:1] for item in inputs), vectors[:, :1])
+    assert traces_of(model) == 2
+    assert model.shared is model.stem.shared is shared
+    assert model.stem[0].kernel_size is kernel
+
+
+class FixedBatch(VelocityMLP):
+    """`len(x)` and `x.view(3, ...)` make numbers of the batch size; no trace of them may serve another batch."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(torch.cat([x, t[:, None].expand(len(x), 1)], dim=-1))  # type: ignore[no-any-return]
+
+
+def test_a_trace_for_one_batch_size_serves_no_other() -> None:
+    case = mlp()
+    case.model = FixedBatch()
+    call, inputs, vectors = case.at(torch.float64)
+    for size in (3, 2, 3):
+        fewer = tuple(item[:size] for item in inputs)
+        got, wanted = fd.jvp(call, fewer, vectors[:, :size]), forward_mode(call, fewer, vectors[:, :size])
+        assert max(error(ours, theirs) for ours, theirs in zip(got, wanted, strict=True)) < 1e-12
+    assert traces_of(case.models[torch.float64]) == 2
+
+
 def test_dtypes_change_between_calls() -> None:
     case = mlp()
     model = copy.deepcopy(case.model)
@@ -179,12 +225,11 @@ def test_dtypes_change_between_calls() -> None:
     assert_right(case, model.bfloat16(), torch.bfloat16)
 
 
-# -- training mode -----------------------------------------------------------------------------------------------------
+# -- training mode ----------------------------------------------------------------------------------------------------
 def with_dropout() -> Case:
     case = mlp()
-    case.model = VelocityMLP(
-        activations=(nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), nn.Sequential(nn.GELU(), nn.Dropout(0.2)))
-    )
+    activations = nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), nn.Sequential(nn.GELU(), nn.Dropout(0.2))
+    case.model = VelocityMLP(activations=activations)
     randomise(case.model)
     return case
 
@@ -223,7 +268,7 @@ def test_one_dropout_mask_for_value_and_tangents(make: Callable[[], Case]) -> No
     assert_right(case, model)
 
 
-# -- torch.compile -----------------------------------------------------------------------------------------------------
+# -- torch.compile ----------------------------------------------------------------------------------------------------
 def block() -> Case:
     """One transformer block: norms, attention, a gated feed-forward layer."""
     attention = pytest.importorskip("diffusers.models.attention")
@@ -244,7 +289,3 @@ def test_the_dual_graph_compiles(make: Callable[[], Case], backend: str) -> None
     compiled = torch.compile(fd.trace_jvp(call, inputs), fullgraph=True, backend=backend)
     for got, wanted in zip(compiled(inputs, vectors), fd.jvp(call, inputs, vectors), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_the_diffusers_models_are_all_here() -> None:
-    assert set(DIFFUSERS) <= set(CASES)

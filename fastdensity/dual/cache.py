@@ -20,6 +20,7 @@ from fastdensity.boundary import describe
 from fastdensity.dual.capture import Captured, capture
 from fastdensity.dual.functional import line_of, make_functional
 from fastdensity.dual.nested import NestedDual, NestedJvpError, inside_trace
+from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.rewrite import Record, rewrite
 from fastdensity.dual.tracing import Traced, trace
@@ -39,6 +40,7 @@ class Dual:
         self.traced: Traced = trace(captured, primals)
         make_functional(self.traced.graph, self.traced.module, self.traced.sources)
         make_casts_explicit(self.traced.graph, autocast)
+        recognise(self.traced.graph, self.traced.sources)
         self.records: list[Record]
         _warn_of_dropout(self.traced.graph)
         self.graph, self.records = rewrite(self.traced)

@@ -79,7 +79,7 @@ def trace(captured: Captured, primals: tuple[Any, ...]) -> Traced:
     """
     root = _Callable(captured)
     batch = primals[0].shape[0] if primals[0].dim() else 0
-    with _quietly(), _progress():
+    with _quietly(), _progress(), _attributes_kept(captured.modules):
         arguments = pytree.tree_map_only(Tensor, _example, (primals, captured.tensors))
         if batch > 1:
             try:
@@ -165,6 +165,20 @@ def _lines_of_functions() -> Iterator[None]:
         yield
     finally:
         kind._filter_traceback_frames = original
+
+
+@contextmanager
+def _attributes_kept(roots: list[nn.Module]) -> Iterator[None]:
+    """torch.export leaves equal copies of modules' tuples, lists and dicts behind; the originals come back here.
+
+    A container that two modules share must stay shared, and earlier graphs must not take the copies for a change.
+    """
+    kept = [(vars(module), dict(vars(module))) for root in roots for module in root.modules()]
+    try:
+        yield
+    finally:
+        for entries, before in kept:
+            entries.update(before)
 
 
 @contextmanager
