@@ -155,3 +155,18 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(error, match=words):
             dual_linear(*arguments)
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "geglu"])
+@pytest.mark.parametrize("rows", [255, 256, 700])
+def test_both_matrix_products_of_torch_are_right(rows, activation):
+    """Few and many rows take different libraries; so do transposed weights, and torch.backends.mkldnn switched off."""
+    x, weight, bias = torch.randn(2, rows // 2, 24), torch.randn(32, 24), torch.randn(32)
+    wanted = reference(x.double(), weight.double(), bias.double(), activation)
+    for factor in (weight, weight.t().contiguous().t()):
+        got = dual_linear(x, factor, bias, activation)
+        assert (got - wanted).norm() < 1e-6 * wanted.norm()
+    with torch.backends.mkldnn.flags(enabled=False):
+        got = dual_linear(x.transpose(1, 2).contiguous().transpose(1, 2), weight, None, activation)
+    wanted = reference(x.double(), weight.double(), None, activation)
+    assert (got - wanted).norm() < 1e-6 * wanted.norm()

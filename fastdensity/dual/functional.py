@@ -28,7 +28,7 @@ _VIEWS_THAT_SCATTER = {aten.select.int: aten.select_scatter.default, aten.slice.
 def line_of(node: fx.Node) -> str:
     """The user's line that made this node: the innermost frame outside torch, 'file:line, `code`'."""
     frames = [part.strip() for part in (node.meta.get("stack_trace") or "").split('File "') if part.strip()]
-    own = [frame for frame in frames if "/torch/" not in frame.split('"')[0]] or frames
+    own = [frame for frame in frames if "/torch/" not in frame.split('"')[0]]
     if not own:
         return "an unknown line"
     head, _, code = own[-1].partition("\n")
