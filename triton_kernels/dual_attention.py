@@ -63,16 +63,22 @@ def _is_modern(device: torch.device) -> bool:
 
 
 def blocks(
-    itemsize: int, columns: int, tangents: int, modern: bool, padded: bool = False, masked: bool = False
+    itemsize: int,
+    columns: int,
+    tangents: int,
+    modern: bool,
+    padded: bool = False,
+    masked: bool = False,
+    ragged: bool = False,
 ) -> dict[str, int]:
     """Queries, keys, tangents and warps of a program, for rows of `columns` elements: what fits without spilling.
 
-    Padded rows and masks take registers, too.
+    Padded rows, masks, and keys that do not fill the last block of 64 take registers, too.
     """
     roomy = modern and not padded
     if itemsize == 2 and columns <= 64:
         group = 2 if roomy and tangents > 1 else 1
-        keys = 64 if roomy and group == 1 else 32
+        keys = 64 if roomy and group == 1 and not masked and not ragged else 32
         return {"GROUP": group, "QUERIES": 64, "KEYS": keys, "SLICE": columns, "num_warps": 4, "num_stages": 2}
     if itemsize == 2 and columns <= 128:
         queries, keys, warps = (128, 32, 8) if roomy and not masked else (64, 16, 4) if modern else (128, 16, 8)
@@ -103,7 +109,8 @@ def plan(
     columns, v_columns = (max(16, triton.next_power_of_2(size)) for size in (width, v_width))
     kind, mask, mask_strides = _mask(mask, (batch, heads, length, keys))
     padded = (width, v_width) != (columns, v_columns)
-    sizes = blocks(out.element_size(), max(columns, v_columns), tangents, modern, padded, kind != "none")
+    ragged = keys % 64 != 0
+    sizes = blocks(out.element_size(), max(columns, v_columns), tangents, modern, padded, kind != "none", ragged)
     if sizes["SLICE"] > 16:
         sizes["SLICE"] = columns
     groups = triton.cdiv(tangents, sizes["GROUP"])
