@@ -79,7 +79,7 @@ def _chain(
 def dual_chain(target: str, brief: bool) -> list[DualCase]:
     """A bias before an activation, adaLN's gated residual, a squeeze-and-excite; many steps."""
     tokens = (8, 256, 1152)
-    gated = {1: (8, 1, 1152)}
+    gated: dict[int, tuple[int, ...]] = {1: (8, 1, 1152)}
     found = [
         _chain("add and gelu", "bfloat16", 1, tokens, {1: (1152,)}, "add 0 1;gelu 2", 2),
         _chain("gated residual", "bfloat16", 3, tokens, gated, "mul 0 1;add 2 3", 3),

@@ -77,11 +77,16 @@ def blocks(
     """
     roomy = modern and not padded
     if itemsize == 2 and columns <= 64:
-        group = 2 if roomy and tangents > 1 else 1
-        keys = 64 if roomy and group == 1 and not masked and not ragged else 32
+        group = 2 if roomy and tangents > 1 and not masked else 1
+        keys = 64 if roomy and group == 1 and not masked and not ragged else 32 if modern or not masked else 16
         return {"GROUP": group, "QUERIES": 64, "KEYS": keys, "SLICE": columns, "num_warps": 4, "num_stages": 2}
     if itemsize == 2 and columns <= 128:
-        queries, keys, warps = (128, 32, 8) if roomy and not masked else (64, 16, 4) if modern else (128, 16, 8)
+        if masked and ragged:
+            queries, keys, warps = 64, 16, 8
+        elif roomy and not masked and not ragged:
+            queries, keys, warps = 128, 32, 8
+        else:
+            queries, keys, warps = (64, 16, 4) if modern else (128, 16, 8)
         return {"GROUP": 1, "QUERIES": queries, "KEYS": keys, "SLICE": columns, "num_warps": warps, "num_stages": 2}
     # float32 at 64 columns with fewer warps or more queries: Triton 3.9 dies in an assertion of LLVM's vectoriser
     four_warps = (itemsize == 4 and 64 < columns <= 128) or (itemsize == 8 and columns <= 64)
