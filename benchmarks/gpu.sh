@@ -74,20 +74,26 @@ benchmark() {
   "$python" -m benchmarks.gpu --budget "$1" --out "$folder/results" && cp "$folder"/results/*.json benchmarks/results/
 }
 
-export -f describe build gpu_tests sanitize benchmark
+benchmark_jvp() {
+  "$python" -m benchmarks.gpu_jvp --budget "$1" --out "$folder/results" && cp "$folder"/results/*-jvp.json benchmarks/results/
+}
+
+export -f describe build gpu_tests sanitize benchmark benchmark_jvp
 export python folder site
 part device 40 bash -c describe
 part build 130 bash -c build
-part tests 120 bash -c gpu_tests
+part tests 150 bash -c gpu_tests
 if command -v compute-sanitizer >/dev/null; then
   part memcheck 60 bash -c 'sanitize memcheck'
   part racecheck 60 bash -c 'sanitize racecheck'
 else
   skip sanitizer "compute-sanitizer is not installed"
 fi
-# what is left of 510 seconds, at least a minute
-budget=$((440 - SECONDS > 60 ? 440 - SECONDS : 60))
-part benchmark $((budget + 60)) bash -c "benchmark $((budget < 210 ? budget : 210))"
+# what is left of 530 seconds, at least a minute for the rows and half a minute for jvp
+budget=$((390 - SECONDS > 60 ? 390 - SECONDS : 60))
+part benchmark $((budget + 30)) bash -c "benchmark $((budget < 150 ? budget : 150))"
+budget=$((480 - SECONDS > 30 ? 480 - SECONDS : 30))
+part jvp $((budget + 50)) bash -c "benchmark_jvp $((budget < 90 ? budget : 90))"
 
 printf '\n'
 printf '%s\n' "${summary[@]}" | tee "$folder/logs/summary.log"

@@ -61,7 +61,8 @@ def sets_beyond_cache(bytes_per_set: int, most_bytes: int = 2**32) -> int:
     return max(2, min(4 * cache // bytes_per_set + 1, most_bytes // bytes_per_set))
 
 
-def _seconds(work: Callable[[], None], repeats: int) -> float:
+def seconds_of(work: Callable[[], None], repeats: int) -> float:
+    """Seconds of one call of `work`, the mean of `repeats`, between two events."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(repeats):
@@ -92,16 +93,16 @@ def measure(variants: dict[str, Variant], rounds: int, seed: int = 0) -> Timing:
         with variant.chosen():
             replays[name] = _captured(variant)
         replays[name]()
-        repeats[name] = max(1, round(SECONDS / _seconds(replays[name], 2)))
+        repeats[name] = max(1, round(SECONDS / seconds_of(replays[name], 2)))
     timing = Timing({name: [] for name in variants}, {name: [] for name in variants})
     order, shuffler = list(variants), random.Random(seed)
     for _ in range(rounds):
         shuffler.shuffle(order)
         for name in order:
             sets = len(variants[name].calls)
-            timing.device[name].append(_seconds(replays[name], repeats[name]) / sets)
+            timing.device[name].append(seconds_of(replays[name], repeats[name]) / sets)
             with variants[name].chosen():
                 variants[name].run()
                 torch.cuda.synchronize()
-                timing.calls[name].append(_seconds(variants[name].run, 1) / sets)
+                timing.calls[name].append(seconds_of(variants[name].run, 1) / sets)
     return timing

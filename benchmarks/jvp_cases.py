@@ -124,7 +124,7 @@ def dit_block(count: int, width: int = 384, heads: int = 6, tokens: int = 256, b
     model = DiTBlock(width, heads)
     rows, size = (1 + count) * batch * tokens, width // heads
     linears = [(rows, width, 3 * width), (rows, width, width), (rows, width, 4 * width), (rows, 4 * width, width)]
-    batched = _attention_products(count, batch * heads, tokens, size)
+    batched = attention_products(count, batch * heads, tokens, size)
     floor = products([*linears, (batch, width, 6 * width)], batched)
     primals = (torch.randn(batch, tokens, width), torch.randn(batch, width))
     targets = (Target("best rival", 1.8 if count == 1 else 1.6), Target("floor", 1.25))
@@ -132,7 +132,7 @@ def dit_block(count: int, width: int = 384, heads: int = 6, tokens: int = 256, b
     return Case(name, model, primals, count, model, floors={"floor": floor}, targets=targets)
 
 
-def _attention_products(count: int, heads: int, tokens: int, size: int) -> list[tuple[int, int, int, int]]:
+def attention_products(count: int, heads: int, tokens: int, size: int) -> list[tuple[int, int, int, int]]:
     """Scores S = Q K^T and S V, and for each tangent the two terms of both."""
     pair = [(heads, tokens, size, tokens), (heads, tokens, tokens, size)]
     return pair * (1 + 2 * count)
@@ -180,7 +180,7 @@ def deep_dit(blocks: int = 28, heads: int = 4, size: int = 16, batch: int = 2) -
 def attention(tokens: int, batch: int = 8, heads: int = 1, size: int = 64) -> Case:
     """softmax(Q K^T / sqrt(d)) V of one tensor (B, 3, H, N, d) that holds Q, K and V."""
     primals = (torch.randn(batch, 3, heads, tokens, size),)
-    floor = products([], _attention_products(1, batch * heads, tokens, size))
+    floor = products([], attention_products(1, batch * heads, tokens, size))
     name = f"attention, B H={batch * heads}, d={size}, N={tokens:,}"
     targets = (Target("best rival", 2.0),)
     return Case(

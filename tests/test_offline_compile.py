@@ -26,8 +26,13 @@ CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100a")
 KERNELS = {
     "rows": {"whole_rows", "partial_sums", "finish_rows"},
     "dual_conv": {"conv_tiles", "conv_pixels"},
+    "dual_chain": {"chain_tiles"},
+    "dual_linear": {"linear_tiles"},
+    "dual_norm": {"whole_rows", "split_rows"},
+    "dual_softmax": {"whole_rows", "long_rows"},
+    "dual_attention": {"attend"},
 }
-MATRIX_ROOMS = ["dual_conv"]
+MATRIX_ROOMS = ["dual_conv", "dual_linear", "dual_attention"]
 # bytes a block may have: A100, H100, B200, MI300
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

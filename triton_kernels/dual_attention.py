@@ -63,19 +63,30 @@ def _is_modern(device: torch.device) -> bool:
 
 
 def blocks(
-    itemsize: int, columns: int, tangents: int, modern: bool, padded: bool = False, masked: bool = False
+    itemsize: int,
+    columns: int,
+    tangents: int,
+    modern: bool,
+    padded: bool = False,
+    masked: bool = False,
+    ragged: bool = False,
 ) -> dict[str, int]:
     """Queries, keys, tangents and warps of a program, for rows of `columns` elements: what fits without spilling.
 
-    Padded rows and masks take registers, too.
+    Padded rows, masks, and keys that do not fill the last block of 64 take registers, too.
     """
     roomy = modern and not padded
     if itemsize == 2 and columns <= 64:
-        group = 2 if roomy and tangents > 1 else 1
-        keys = 64 if roomy and group == 1 else 32
+        group = 2 if roomy and tangents > 1 and not masked else 1
+        keys = 64 if roomy and group == 1 and not masked and not ragged else 32 if modern or not masked else 16
         return {"GROUP": group, "QUERIES": 64, "KEYS": keys, "SLICE": columns, "num_warps": 4, "num_stages": 2}
     if itemsize == 2 and columns <= 128:
-        queries, keys, warps = (128, 32, 8) if roomy and not masked else (64, 16, 4) if modern else (128, 16, 8)
+        if masked and ragged:
+            queries, keys, warps = 64, 16, 8
+        elif roomy and not masked and not ragged:
+            queries, keys, warps = 128, 32, 8
+        else:
+            queries, keys, warps = (64, 16, 4) if modern else (128, 16, 8)
         return {"GROUP": 1, "QUERIES": queries, "KEYS": keys, "SLICE": columns, "num_warps": warps, "num_stages": 2}
     # float32 at 64 columns with fewer warps or more queries: Triton 3.9 dies in an assertion of LLVM's vectoriser
     four_warps = (itemsize == 4 and 64 < columns <= 128) or (itemsize == 8 and columns <= 64)
@@ -103,7 +114,8 @@ def plan(
     columns, v_columns = (max(16, triton.next_power_of_2(size)) for size in (width, v_width))
     kind, mask, mask_strides = _mask(mask, (batch, heads, length, keys))
     padded = (width, v_width) != (columns, v_columns)
-    sizes = blocks(out.element_size(), max(columns, v_columns), tangents, modern, padded, kind != "none")
+    ragged = keys % 64 != 0
+    sizes = blocks(out.element_size(), max(columns, v_columns), tangents, modern, padded, kind != "none", ragged)
     if sizes["SLICE"] > 16:
         sizes["SLICE"] = columns
     groups = triton.cdiv(tangents, sizes["GROUP"])

@@ -16,7 +16,7 @@ from fastdensity.triton_kernels import dual_chain_kernels
 from fastdensity.triton_kernels.rows import Launch
 
 TILE_BYTES = 4096  # of a program, in the dtype of the arithmetic
-WARPS = 4
+WARPS = 2 if torch.version.hip else 4  # 128 threads, 16 bytes of a tile in half precision for each
 
 
 def _strides(tensor: Tensor, dual: bool, rank: int) -> tuple[int, ...]:

@@ -90,6 +90,7 @@ def launch_triton(x: Tensor, out: Tensor, whole_row: int = WHOLE_ROW, tile: int 
     dtype = tl.float64 if x.dtype == torch.float64 else tl.float32
     is_whole = columns <= (whole_row if dtype is tl.float32 else whole_row // 2)
     kernel, size = (whole_rows, triton.next_power_of_2(columns)) if is_whole else (long_rows, tile)
-    warps = min(max(size // ELEMENTS_PER_WARP, 1), 16)
+    per_warp = ELEMENTS_PER_WARP if is_whole else ELEMENTS_PER_WARP // 2  # unrolled loops hold several tiles
+    warps = min(max(size // per_warp, 1), 16)
     with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
         kernel[rows,](x, out, rows * columns, columns, planes, DTYPE=dtype, SIZE=size, num_warps=warps)
