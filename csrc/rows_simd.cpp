@@ -3,20 +3,13 @@
 #include <cstring>
 #include <limits>
 
+#include "clones.h"
 #include "float16.h"
 #include "philox.h"
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
-
-// Clones hold no OpenMP region: GCC cannot clone one. CMakeLists.txt finds out whether the compiler can clone at all.
-#if defined(__x86_64__) && !defined(FASTDENSITY_NO_CLONES)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
 
 namespace fastdensity::simd {
 namespace {
