@@ -227,7 +227,7 @@ void dual_softmax_cpu(const DualSoftmaxCall& call, int threads) {
 
 void dual_attention_cpu(const DualScoresCall& call, int threads) {
   const std::int64_t elements = (1 + call.tangents) * call.rows * call.columns;
-  if (call.is_double) {
+  if (call.dtype == DataType::float64) {
     const ScoreRows<double> scores(call);
     for_each_row(call.rows, elements, threads, [&](std::int64_t row) { scores.run(row); });
   } else {

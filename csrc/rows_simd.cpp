@@ -41,10 +41,12 @@ INLINE void store_body(const Real* source, void* target, int dtype, std::int64_t
     for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<double>(source[i]);
   } else if (dtype == 2) {
     std::uint16_t* values = static_cast<std::uint16_t*>(target) + offset;
-    for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<std::uint16_t>(narrow_bfloat16(static_cast<float>(source[i])));
+    for (std::int64_t i = 0; i < count; ++i)
+      values[i] = static_cast<std::uint16_t>(narrow_bfloat16(static_cast<float>(source[i])));
   } else {
     std::uint16_t* values = static_cast<std::uint16_t*>(target) + offset;
-    for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<std::uint16_t>(narrow_float16(static_cast<float>(source[i])));
+    for (std::int64_t i = 0; i < count; ++i)
+      values[i] = static_cast<std::uint16_t>(narrow_float16(static_cast<float>(source[i])));
   }
 }
 
