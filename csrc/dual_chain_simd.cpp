@@ -1,20 +1,14 @@
 #include "dual_chain_simd.h"
 
+#include "clones.h"
 #include "dual_chain_math.h"
 #include "float16.h"
-
-// Clones hold no OpenMP region: GCC cannot clone one. CMakeLists.txt finds out whether the compiler can clone at all.
-#if defined(__x86_64__) && !defined(FASTDENSITY_NO_CLONES)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
 
 namespace fastdensity::chain {
 namespace {
 
 template <typename Function, typename Real>
-CHAIN_INLINE void map(const Real* x, Real constant, Real* value, Real* slope, std::int64_t count) {
+INLINE void map(const Real* x, Real constant, Real* value, Real* slope, std::int64_t count) {
   if (slope) {
 #pragma GCC ivdep
     for (std::int64_t i = 0; i < count; ++i) {
@@ -29,7 +23,7 @@ CHAIN_INLINE void map(const Real* x, Real constant, Real* value, Real* slope, st
 }
 
 // False where one is larger, infinite or NaN.
-CHAIN_INLINE bool all_reducible(const float* x, std::int64_t count) {
+INLINE bool all_reducible(const float* x, std::int64_t count) {
   std::uint32_t largest = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::uint32_t magnitude = bits_of_float(x[i]) & 0x7FFFFFFFu;
@@ -40,7 +34,7 @@ CHAIN_INLINE bool all_reducible(const float* x, std::int64_t count) {
 
 // Large angles are done again one by one, so that an element's result depends on no other.
 template <typename Small, typename General>
-CHAIN_INLINE void map_angles(const float* x, float* value, float* slope, std::int64_t count) {
+INLINE void map_angles(const float* x, float* value, float* slope, std::int64_t count) {
   map<Small>(x, 0.0f, value, slope, count);
   if (all_reducible(x, count)) return;
   for (std::int64_t i = 0; i < count; ++i) {
@@ -52,7 +46,7 @@ CHAIN_INLINE void map_angles(const float* x, float* value, float* slope, std::in
 }
 
 template <typename Small, typename General>
-CHAIN_INLINE void map_angles(const double* x, double* value, double* slope, std::int64_t count) {
+INLINE void map_angles(const double* x, double* value, double* slope, std::int64_t count) {
   map<General>(x, 0.0, value, slope, count);
 }
 
@@ -63,7 +57,7 @@ CHAIN_INLINE void map_angles(const double* x, double* value, double* slope, std:
   } while (false)
 
 template <typename Real>
-CHAIN_INLINE void run_step_body(int operation, const Real* left, const Real* right, Real constant, Real* value,
+INLINE void run_step_body(int operation, const Real* left, const Real* right, Real constant, Real* value,
                                 Real* slope, std::int64_t count) {
   switch (operation) {
     case add: EACH(left[i] + right[i]);
@@ -95,7 +89,7 @@ CHAIN_INLINE void run_step_body(int operation, const Real* left, const Real* rig
 #undef EACH
 
 template <typename Real>
-CHAIN_INLINE void gated_body(const Real* weight, const Real* tangent, Real* out, std::int64_t count) {
+INLINE void gated_body(const Real* weight, const Real* tangent, Real* out, std::int64_t count) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < count; ++i) {
     const Real passed = tangent[i];
@@ -104,14 +98,14 @@ CHAIN_INLINE void gated_body(const Real* weight, const Real* tangent, Real* out,
 }
 
 template <typename Real>
-CHAIN_INLINE void combined_body(const Real* left_weight, const Real* left, const Real* right_weight, const Real* right,
+INLINE void combined_body(const Real* left_weight, const Real* left, const Real* right_weight, const Real* right,
                                 Real* out, std::int64_t count) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < count; ++i) out[i] = left_weight[i] * left[i] + right_weight[i] * right[i];
 }
 
 template <typename Real>
-CHAIN_INLINE void quotient_body(const Real* left, const Real* ratio, const Real* right, const Real* divisor, Real* out,
+INLINE void quotient_body(const Real* left, const Real* ratio, const Real* right, const Real* divisor, Real* out,
                                 std::int64_t count) {
   if (left) {
 #pragma GCC ivdep
@@ -123,7 +117,7 @@ CHAIN_INLINE void quotient_body(const Real* left, const Real* ratio, const Real*
 }
 
 template <typename Real>
-CHAIN_INLINE void gather_body(const void* source, int dtype, std::int64_t offset, std::int64_t stride,
+INLINE void gather_body(const void* source, int dtype, std::int64_t offset, std::int64_t stride,
                               std::int64_t count, Real* out) {
   if (dtype == 0) {
     const float* values = static_cast<const float*>(source) + offset;

@@ -1,16 +1,7 @@
 #include "dual_norm_simd.h"
 
-#include <cmath>
-
-#include "float16.h"
-
-// Clones hold no OpenMP region: GCC cannot clone one. CMakeLists.txt finds out whether the compiler can clone at all.
-#if defined(__x86_64__) && !defined(FASTDENSITY_NO_CLONES)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "clones.h"
+#include "vector_math.h"
 
 namespace fastdensity::simd {
 namespace {
@@ -92,35 +83,14 @@ INLINE void norm_tangent_body(const Real* tangent, const Real* n, const Real* ga
     out[i] = ((((tangent[i] - p.pivot) - p.mean) - n[i] * p.along) * p.scale) * gain[i];
 }
 
-// e^x for x <= 0, within 2 ulp, 0 where the result is subnormal. x = k ln 2 + r with |r| <= ln(2) / 2, ln 2 in two
-// parts, the first of 14 bits; e^r = 1 + r + r^2 q(r), q interpolating at the Chebyshev points (error 1e-8).
-INLINE float exp_of_negative(float x) {
-  const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const float shifted = x * 1.44269502f + rounder;
-  const float k = shifted - rounder;
-  const float r = (x - k * 0.693115234f) - k * 3.19461833e-5f;
-  float q = 1.39262131e-3f;
-  q = q * r + 8.36320315e-3f;
-  q = q * r + 4.16665561e-2f;
-  q = q * r + 1.66665763e-1f;
-  q = q * r + 0.5f;
-  const float power = float_of_bits((bits_of_float(shifted) + 127u) << 23);
-  return x < -87.33f ? 0.0f : (1.0f + (r + (r * r) * q)) * power;
-}
-
-INLINE double exp_of_negative(double x) { return std::exp(x); }
-
 template <typename Real>
 INLINE void silu_with_slope_body(const Real* scale, std::int64_t count, Real* y, Real* gain) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < count; ++i) {
     const Real value = y[i];
-    const Real small = exp_of_negative(-std::abs(value));
-    const Real inverse = Real(1) / (Real(1) + small);
-    // 1 - sigmoid is the other branch, not a difference
-    const Real gate = value < 0 ? small * inverse : inverse, rest = value < 0 ? inverse : small * inverse;
-    y[i] = value * gate;
-    gain[i] = scale[i] * (gate * (Real(1) + value * rest));
+    const Logistic<Real> gate = logistic(value);
+    y[i] = value * gate.value;
+    gain[i] = scale[i] * (gate.value + value * gate.slope);
   }
 }
 

@@ -4,22 +4,13 @@
 // attention in place, where a row may be masked and ends at the diagonal. The contracts are those of
 // fastdensity/reference/dual_softmax.py and dual_attention.py. A row's bits depend on nothing but the row.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#include "float16.h"
+#include "clones.h"
 #include "ops.h"
 #include "rows_simd.h"
-
-// Clones hold no OpenMP region: GCC cannot clone one. CMakeLists.txt finds out whether the compiler can clone at all.
-#if defined(__x86_64__) && !defined(FASTDENSITY_NO_CLONES)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "vector_math.h"
 
 namespace fastdensity {
 namespace {
@@ -27,27 +18,6 @@ namespace {
 constexpr std::int64_t kBlock = 2048;            // elements of a row summed in Real before a sum goes on in double
 constexpr int kLanes = 64;                       // independent partial results: nothing is left to reorder
 constexpr std::int64_t kSerialElements = 16384;  // below this a parallel region costs more than it saves
-
-// exp(x) for x <= 0 to about 1 ulp: 2^n e^r with |r| <= ln(2)/2, and e^r as a Taylor polynomial of degree 7.
-// Results below the normal numbers become 0; NaN stays NaN.
-INLINE float exp_negative(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
-  const float shifted = x * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.98412698e-4f;
-  p = p * r + 1.38888889e-3f;
-  p = p * r + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = (p * r) * r + r + 1.0f;
-  const std::uint32_t power = (bits_of_float(shifted) + 127u) << 23;
-  const float result = p * float_of_bits(power);
-  return x < -87.0f ? 0.0f : result;
-}
-
-INLINE double exp_negative(double x) { return std::exp(x); }
 
 template <typename Real>
 INLINE double sum_of_lanes(const Real* lanes) {
@@ -88,13 +58,13 @@ INLINE Moments exponentials(Real* x, const Real* t, Real largest, std::int64_t c
     std::int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes)
       for (int lane = 0; lane < kLanes; ++lane) {
-        const Real value = exp_negative(x[i + lane] - largest);
+        const Real value = decay(x[i + lane] - largest);
         sums[lane] += value;
         if (kTangent) products[lane] += value * t[i + lane];
         x[i + lane] = value;
       }
     for (int lane = 0; i < end; ++i, ++lane) {
-      const Real value = exp_negative(x[i] - largest);
+      const Real value = decay(x[i] - largest);
       sums[lane] += value;
       if (kTangent) products[lane] += value * t[i];
       x[i] = value;
@@ -257,7 +227,7 @@ void dual_softmax_cpu(const DualSoftmaxCall& call, int threads) {
 
 void dual_attention_cpu(const DualScoresCall& call, int threads) {
   const std::int64_t elements = (1 + call.tangents) * call.rows * call.columns;
-  if (call.is_double) {
+  if (call.dtype == DataType::float64) {
     const ScoreRows<double> scores(call);
     for_each_row(call.rows, elements, threads, [&](std::int64_t row) { scores.run(row); });
   } else {

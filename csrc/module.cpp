@@ -1,11 +1,14 @@
-// The only file that knows Python. It asks a tensor for its address, element type and stride through the tensor's own
-// methods and links no libtorch. fastdensity/ops checked every argument; nothing here converts, copies or keeps one.
+// The only file that knows Python; it links no libtorch. `rows` asks a tensor for its address, element type and stride
+// through the tensor's own methods, the dual kernels are handed these as integers. fastdensity/ops checked every
+// argument; nothing here converts, copies or keeps one.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -22,6 +25,8 @@ namespace {
 std::int64_t integer(nb::handle item) { return nb::cast<std::int64_t>(item); }
 
 const void* address(std::int64_t value) { return reinterpret_cast<const void*>(static_cast<std::uintptr_t>(value)); }
+
+void* writable(std::int64_t value) { return const_cast<void*>(address(value)); }
 
 // torch's dtypes in the order of DataType, and the names of the methods asked for, made once.
 struct TorchNames {
@@ -55,6 +60,11 @@ DataType data_type(nb::handle tensor) {
   throw std::invalid_argument("unsupported element type");
 }
 
+DataType data_type(int number) {
+  if (number < 0 || number > 3) throw std::invalid_argument("unknown element type");
+  return static_cast<DataType>(number);
+}
+
 // None, or a tensor (B, *) with dense rows; `row_stride` 0 asks the tensor.
 Rows rows_of(nb::handle tensor, std::int64_t row_stride) {
   Rows rows;
@@ -84,9 +94,9 @@ Parameter parameter_of(nb::handle item) {
   return parameter;
 }
 
-RowsCall make_call(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0, nb::handle v1,
-                   nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters, nb::handle report,
-                   std::uint64_t seed, nb::handle sample_ids, std::uint32_t step) {
+RowsCall make_call(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0,
+                   nb::handle v1, nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters,
+                   nb::handle report, std::uint64_t seed, nb::handle sample_ids, std::uint32_t step) {
   if (rule < 0 || rule > 3 || type < 0 || type > 6) throw std::invalid_argument("unknown rule or prediction type");
   if (parameters.size() > kParameters) throw std::invalid_argument("too many parameters");
   RowsCall call;
@@ -98,76 +108,143 @@ RowsCall make_call(int rule, int type, std::int64_t rows, std::int64_t columns, 
   const Rows target = rows_of(out, columns);
   call.out = const_cast<void*>(target.data), call.out_dtype = target.dtype, call.out_stride = target.row_stride;
   for (std::size_t i = 0; i < parameters.size(); ++i) call.parameters[i] = parameter_of(parameters[i]);
-  if (!report.is_none()) call.report = const_cast<void*>(address(integer(call_method(report, names().data_ptr))));
+  if (!report.is_none()) call.report = writable(integer(call_method(report, names().data_ptr)));
   call.seed = seed, call.step = step;
   if (!sample_ids.is_none())
     call.sample_ids = static_cast<const std::int64_t*>(address(integer(call_method(sample_ids, names().data_ptr))));
   return call;
 }
 
-void rows_cpu_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0, nb::handle v1,
-                    nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters, nb::handle report,
-                    std::uint64_t seed, nb::handle sample_ids, std::uint32_t step, int threads) {
-  const RowsCall call = make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report, seed,
-                                  sample_ids, step);
+void rows_cpu_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0,
+                    nb::handle v1, nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters,
+                    nb::handle report, std::uint64_t seed, nb::handle sample_ids, std::uint32_t step, int threads) {
+  const RowsCall call = make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report,
+                                  seed, sample_ids, step);
   if (rows * columns < 4096) return rows_cpu(call, 1);  // shorter than handing the interpreter over and back
   nb::gil_scoped_release release;
   rows_cpu(call, threads);
 }
 
 #ifdef FASTDENSITY_WITH_CUDA
-std::int64_t rows_cuda_scratch_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0,
-                                     nb::handle v1, nb::handle uncond, nb::handle v2, nb::handle out,
+std::int64_t rows_cuda_scratch_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous,
+                                     nb::handle v0, nb::handle v1, nb::handle uncond, nb::handle v2, nb::handle out,
                                      nb::tuple parameters, nb::handle report, std::uint64_t seed,
                                      nb::handle sample_ids, std::uint32_t step) {
-  return rows_cuda_scratch(make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report, seed,
-                                     sample_ids, step));
+  return rows_cuda_scratch(make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report,
+                                     seed, sample_ids, step));
 }
 
-void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0, nb::handle v1,
-                     nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters, nb::handle report,
-                     std::uint64_t seed, nb::handle sample_ids, std::uint32_t step, std::int64_t scratch,
-                     std::int64_t stream) {
-  const RowsCall call = make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report, seed,
-                                  sample_ids, step);
-  const char* error = rows_cuda(call, const_cast<void*>(address(scratch)), const_cast<void*>(address(stream)));
+void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns, bool contiguous, nb::handle v0,
+                     nb::handle v1, nb::handle uncond, nb::handle v2, nb::handle out, nb::tuple parameters,
+                     nb::handle report, std::uint64_t seed, nb::handle sample_ids, std::uint32_t step,
+                     std::int64_t scratch, std::int64_t stream) {
+  const RowsCall call = make_call(rule, type, rows, columns, contiguous, v0, v1, uncond, v2, out, parameters, report,
+                                  seed, sample_ids, step);
+  const char* error = rows_cuda(call, writable(scratch), writable(stream));
   if (error) throw std::runtime_error(std::string("CUDA kernel `rows` failed: ") + error);
 }
 #endif
 
+// -- Duals: addresses and sizes of dense tensors as integers, 0 for a tensor that is absent ---------------------------
+
 void dual_softmax_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t tangents, std::int64_t rows,
                         std::int64_t columns, int threads) {
-  nb::gil_scoped_release release;
   DualSoftmaxCall call;
-  call.x = address(x), call.out = const_cast<void*>(address(out)), call.dtype = static_cast<DataType>(dtype);
+  call.x = address(x), call.out = writable(out), call.dtype = data_type(dtype);
   call.tangents = tangents, call.rows = rows, call.columns = columns;
+  nb::gil_scoped_release release;
   dual_softmax_cpu(call, threads);
 }
 
-void dual_attention_entry(std::int64_t scores, bool is_double, std::int64_t tangents, std::int64_t rows,
+// (address, is it boolean, strides of batch, head, row and column)
+using MaskArgument = std::tuple<std::int64_t, bool, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+void dual_attention_entry(std::int64_t scores, int dtype, std::int64_t tangents, std::int64_t rows,
                           std::int64_t columns, std::int64_t first_row, std::int64_t heads, std::int64_t length,
-                          bool causal, std::int64_t mask, bool mask_is_bool, std::int64_t mask_batch,
-                          std::int64_t mask_head, std::int64_t mask_row, std::int64_t mask_column, int threads) {
-  nb::gil_scoped_release release;
+                          bool causal, MaskArgument mask, int threads) {
   DualScoresCall call;
-  call.scores = const_cast<void*>(address(scores)), call.is_double = is_double;
+  call.scores = writable(scores), call.dtype = data_type(dtype);
   call.tangents = tangents, call.rows = rows, call.columns = columns;
   call.first_row = first_row, call.heads = heads, call.length = length, call.causal = causal;
-  call.mask = address(mask), call.mask_is_bool = mask_is_bool;
-  const std::int64_t strides[4] = {mask_batch, mask_head, mask_row, mask_column};
-  std::copy_n(strides, 4, call.mask_strides);
+  std::int64_t data = 0;
+  std::int64_t* strides = call.mask_strides;
+  std::tie(data, call.mask_is_bool, strides[0], strides[1], strides[2], strides[3]) = mask;
+  call.mask = address(data);
+  nb::gil_scoped_release release;
   dual_attention_cpu(call, threads);
 }
 
-void dual_conv_cpu_entry(std::int64_t out, std::int64_t bias, int dtype, std::int64_t parts, std::int64_t planes,
-                         std::int64_t channels, std::int64_t pixels, int activation, int threads) {
-  nb::gil_scoped_release release;
-  DualConvCall call;
-  call.out = const_cast<void*>(address(out)), call.bias = bias ? address(bias) : nullptr;
-  call.dtype = static_cast<DataType>(dtype), call.activation = activation;
-  call.parts = parts, call.planes = planes, call.channels = channels, call.pixels = pixels;
-  dual_conv_cpu(call, threads);
+// (address, elements from one row to the next, rows of x that share one)
+using ModulationArgument = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+Modulation modulation_of(const ModulationArgument& argument) {
+  return {address(std::get<0>(argument)), std::get<1>(argument), std::max<std::int64_t>(std::get<2>(argument), 1)};
 }
+
+void dual_row_norm_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t planes, std::int64_t rows,
+                         std::int64_t size, double eps, bool centered, std::int64_t weight, std::int64_t bias,
+                         ModulationArgument multiplier, ModulationArgument addend, int threads) {
+  DualNormCall call;
+  call.x = address(x), call.out = writable(out), call.dtype = data_type(dtype);
+  call.planes = planes, call.rows = rows, call.size = size;
+  call.eps = eps, call.centered = centered, call.weight = address(weight), call.bias = address(bias);
+  call.multiplier = modulation_of(multiplier), call.addend = modulation_of(addend);
+  nb::gil_scoped_release release;
+  dual_norm_cpu(call, threads);
+}
+
+void dual_group_norm_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t planes, std::int64_t samples,
+                           std::int64_t channels, std::int64_t groups, std::int64_t spatial, double eps,
+                           std::int64_t weight, std::int64_t bias, bool silu, int threads) {
+  if (groups < 1 || channels % groups) throw std::invalid_argument("groups must divide channels");
+  DualNormCall call;
+  call.x = address(x), call.out = writable(out), call.dtype = data_type(dtype);
+  call.planes = planes, call.rows = samples * groups, call.size = channels / groups * spatial;
+  call.eps = eps, call.weight = address(weight), call.bias = address(bias);
+  call.groups = groups, call.spatial = spatial, call.silu = silu;
+  nb::gil_scoped_release release;
+  dual_norm_cpu(call, threads);
+}
+
+std::vector<std::int64_t> integers(nb::handle tuple) {
+  std::vector<std::int64_t> values;
+  for (nb::handle item : nb::borrow<nb::tuple>(tuple)) values.push_back(integer(item));
+  return values;
+}
+
+// (address, is it dual, shape, strides) -> an input whose strides are those of the result's dimensions.
+ChainInput chain_input(nb::tuple item, std::size_t rank) {
+  ChainInput input;
+  input.data = address(integer(item[0]));
+  input.dual = nb::cast<bool>(item[1]);
+  const std::vector<std::int64_t> shape = integers(item[2]), strides = integers(item[3]);
+  const std::size_t first = input.dual ? 1 : 0, own = shape.size() - first;
+  if (shape.size() < first || own > rank) throw std::invalid_argument("an input has more dimensions than the result");
+  if (input.dual) input.tangent_stride = strides[0];
+  input.strides.assign(rank, 0);
+  for (std::size_t i = 0; i < own; ++i) input.strides[rank - own + i] = shape[first + i] == 1 ? 0 : strides[first + i];
+  return input;
+}
+
+// (operation, left, right, constant)
+ChainStep chain_step(nb::tuple item) {
+  return {nb::cast<int>(item[0]), nb::cast<std::size_t>(item[1]), nb::cast<std::size_t>(item[2]),
+          nb::cast<double>(item[3])};
+}
+
+void dual_chain_entry(nb::tuple code, int dtype, nb::tuple inputs, std::int64_t out, nb::tuple shape, int threads) {
+  ChainCall call;
+  call.out = writable(out), call.dtype = data_type(dtype);
+  call.sizes = integers(shape);
+  call.tangents = call.sizes.at(0) - 1;
+  call.sizes.erase(call.sizes.begin());
+  for (nb::handle item : inputs) call.inputs.push_back(chain_input(nb::borrow<nb::tuple>(item), call.sizes.size()));
+  for (nb::handle item : code) call.steps.push_back(chain_step(nb::borrow<nb::tuple>(item)));
+  nb::gil_scoped_release release;
+  dual_chain_cpu(std::move(call), threads);
+}
+
+// -- What tests, benchmarks and the cache of traces ask ---------------------------------------------------------------
 
 // Do these dictionaries and lists hold the very objects that they held when the snapshots (tuples) were taken?
 // A network of a thousand modules is asked at every call of fd.jvp; in Python that would cost as much as a layer.
@@ -226,81 +303,8 @@ void triad(std::int64_t a, std::int64_t b, std::int64_t c, double s, double t, s
     if (begin < end)
       simd::triad(static_cast<const float*>(address(a)) + begin, static_cast<const float*>(address(b)) + begin,
                   static_cast<const float*>(address(c)) + begin, static_cast<float>(s), static_cast<float>(t),
-                  end - begin, static_cast<float*>(const_cast<void*>(address(out))) + begin, streaming);
+                  end - begin, static_cast<float*>(writable(out)) + begin, streaming);
   }
-}
-
-DualNormCall dual_norm_call(std::int64_t x, std::int64_t out, int dtype, std::int64_t planes, std::int64_t rows,
-                            std::int64_t size, double eps, std::int64_t weight, std::int64_t bias) {
-  if (dtype < 0 || dtype > 3) throw std::invalid_argument("unknown element type");
-  DualNormCall call;
-  call.x = address(x), call.out = const_cast<void*>(address(out)), call.dtype = static_cast<DataType>(dtype);
-  call.planes = planes, call.rows = rows, call.size = size, call.eps = eps;
-  call.weight = address(weight), call.bias = address(bias);
-  return call;
-}
-
-using ModulationArgument = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
-
-Modulation modulation_of(const ModulationArgument& argument) {
-  return {address(std::get<0>(argument)), std::get<1>(argument), std::max<std::int64_t>(std::get<2>(argument), 1)};
-}
-
-void dual_row_norm_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t planes, std::int64_t rows,
-                         std::int64_t size, double eps, bool centered, std::int64_t weight, std::int64_t bias,
-                         ModulationArgument multiplier, ModulationArgument addend, int threads) {
-  DualNormCall call = dual_norm_call(x, out, dtype, planes, rows, size, eps, weight, bias);
-  call.centered = centered, call.multiplier = modulation_of(multiplier), call.addend = modulation_of(addend);
-  nb::gil_scoped_release release;
-  dual_norm_cpu(call, threads);
-}
-
-void dual_group_norm_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t planes, std::int64_t samples,
-                           std::int64_t channels, std::int64_t groups, std::int64_t spatial, double eps,
-                           std::int64_t weight, std::int64_t bias, bool silu, int threads) {
-  if (groups < 1 || channels % groups) throw std::invalid_argument("groups must divide channels");
-  const std::int64_t size = channels / groups * spatial;
-  DualNormCall call = dual_norm_call(x, out, dtype, planes, samples * groups, size, eps, weight, bias);
-  call.groups = groups, call.spatial = spatial, call.silu = silu;
-  nb::gil_scoped_release release;
-  dual_norm_cpu(call, threads);
-}
-
-std::vector<std::int64_t> integers(nb::handle tuple) {
-  std::vector<std::int64_t> values;
-  for (nb::handle item : nb::borrow<nb::tuple>(tuple)) values.push_back(integer(item));
-  return values;
-}
-
-// (address, is it dual, shape, strides) -> an input whose strides are those of the result's dimensions.
-ChainInput chain_input(nb::tuple item, std::size_t rank) {
-  ChainInput input;
-  input.data = address(integer(item[0]));
-  input.dual = nb::cast<bool>(item[1]);
-  const std::vector<std::int64_t> shape = integers(item[2]), strides = integers(item[3]);
-  const std::size_t first = input.dual ? 1 : 0, own = shape.size() - first;
-  if (shape.size() < first || own > rank) throw std::invalid_argument("an input has more dimensions than the result");
-  if (input.dual) input.tangent_stride = strides[0];
-  input.strides.assign(rank, 0);
-  for (std::size_t i = 0; i < own; ++i) input.strides[rank - own + i] = shape[first + i] == 1 ? 0 : strides[first + i];
-  return input;
-}
-
-void dual_chain_cpu_entry(nb::tuple code, int dtype, nb::tuple inputs, std::int64_t out, nb::tuple shape, int threads) {
-  ChainCall call;
-  call.dtype = static_cast<DataType>(dtype);
-  call.sizes = integers(shape);
-  call.tangents = call.sizes.at(0) - 1;
-  call.sizes.erase(call.sizes.begin());
-  for (nb::handle item : inputs) call.inputs.push_back(chain_input(nb::borrow<nb::tuple>(item), call.sizes.size()));
-  for (nb::handle item : code) {
-    const nb::tuple step = nb::borrow<nb::tuple>(item);
-    call.steps.push_back({nb::cast<int>(step[0]), nb::cast<std::size_t>(step[1]), nb::cast<std::size_t>(step[2]),
-                          nb::cast<double>(step[3])});
-  }
-  call.out = const_cast<void*>(address(out));
-  nb::gil_scoped_release release;
-  dual_chain_cpu(std::move(call), threads);
 }
 
 }  // namespace
@@ -316,15 +320,14 @@ NB_MODULE(_native, m) {
 #endif
   m.attr("build") = FASTDENSITY_BUILD;
   m.def("rows_cpu", &rows_cpu_entry, nb::arg("rule"), nb::arg("type"), nb::arg("rows"), nb::arg("columns"),
-        nb::arg("contiguous"),        nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(), nb::arg("v2").none(), nb::arg("out"),
-        nb::arg("parameters"), nb::arg("report").none(), nb::arg("seed"), nb::arg("sample_ids").none(), nb::arg("step"),
-        nb::arg("threads"));
-  m.def("dual_row_norm_cpu", &dual_row_norm_entry);
-  m.def("dual_group_norm_cpu", &dual_group_norm_entry);
+        nb::arg("contiguous"), nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(),
+        nb::arg("v2").none(), nb::arg("out"), nb::arg("parameters"), nb::arg("report").none(), nb::arg("seed"),
+        nb::arg("sample_ids").none(), nb::arg("step"), nb::arg("threads"));
   m.def("dual_softmax_cpu", &dual_softmax_entry);
   m.def("dual_attention_cpu", &dual_attention_entry);
-  m.def("dual_conv_cpu", &dual_conv_cpu_entry);
-  m.def("dual_chain_cpu", &dual_chain_cpu_entry);
+  m.def("dual_row_norm_cpu", &dual_row_norm_entry);
+  m.def("dual_group_norm_cpu", &dual_group_norm_entry);
+  m.def("dual_chain_cpu", &dual_chain_entry);
   m.def("unchanged", &unchanged);
   m.def("set_dtypes", &set_dtypes);
   m.def("rule_coefficients", &rule_coefficients);

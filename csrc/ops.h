@@ -61,17 +61,6 @@ inline bool accumulates_in_double(const RowsCall& call) {
 
 void rows_cpu(const RowsCall& call, int threads);
 
-// What follows a dual convolution: fastdensity/reference/dual_conv.py. In place on (parts, planes, pixels), where plane p
-// belongs to channel p % channels.
-struct DualConvCall {
-  void* out = nullptr;
-  const void* bias = nullptr;  // (channels,), or nullptr
-  DataType dtype = DataType::float32;
-  std::int64_t parts = 0, planes = 0, channels = 0, pixels = 0;
-  int activation = 0;  // 0 none, 1 relu, 2 silu
-};
-void dual_conv_cpu(const DualConvCall& call, int threads);
-
 // Launches on `stream` (a cudaStream_t) of the current device; `scratch` may be null where rows_cuda_scratch is 0.
 // Returns nullptr, or the CUDA error as text.
 std::int64_t rows_cuda_scratch(const RowsCall& call);  // bytes
@@ -115,7 +104,7 @@ void dual_softmax_cpu(const DualSoftmaxCall& call, int threads);
 // first_row + i of (batch, heads, length); element (b, h, l, s) of the mask lies at the sum of index times stride.
 struct DualScoresCall {
   void* scores = nullptr;
-  bool is_double = false;
+  DataType dtype = DataType::float32;  // or float64
   std::int64_t tangents = 0, rows = 0, columns = 0;
   std::int64_t first_row = 0, heads = 1, length = 1;
   bool causal = false;

@@ -3,20 +3,13 @@
 #include <cstring>
 #include <limits>
 
+#include "clones.h"
 #include "float16.h"
 #include "philox.h"
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
-
-// Clones hold no OpenMP region: GCC cannot clone one. CMakeLists.txt finds out whether the compiler can clone at all.
-#if defined(__x86_64__) && !defined(FASTDENSITY_NO_CLONES)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
 
 namespace fastdensity::simd {
 namespace {
@@ -48,10 +41,12 @@ INLINE void store_body(const Real* source, void* target, int dtype, std::int64_t
     for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<double>(source[i]);
   } else if (dtype == 2) {
     std::uint16_t* values = static_cast<std::uint16_t*>(target) + offset;
-    for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<std::uint16_t>(narrow_bfloat16(static_cast<float>(source[i])));
+    for (std::int64_t i = 0; i < count; ++i)
+      values[i] = static_cast<std::uint16_t>(narrow_bfloat16(static_cast<float>(source[i])));
   } else {
     std::uint16_t* values = static_cast<std::uint16_t*>(target) + offset;
-    for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<std::uint16_t>(narrow_float16(static_cast<float>(source[i])));
+    for (std::int64_t i = 0; i < count; ++i)
+      values[i] = static_cast<std::uint16_t>(narrow_float16(static_cast<float>(source[i])));
   }
 }
 

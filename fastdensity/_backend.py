@@ -18,6 +18,8 @@ import torch
 
 VARIABLE = "FASTDENSITY_BACKEND"
 BACKENDS = ("cpu", "triton", "cuda", "torch")
+# torch's dtypes as csrc/ops.h numbers them
+DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 Launcher = Callable[..., None]
 _launchers: dict[tuple[str, str], Launcher] = {}
 

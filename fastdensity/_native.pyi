@@ -26,6 +26,21 @@ def rows_cpu(
     step: int,
     threads: int,
 ) -> None: ...
+def dual_softmax_cpu(x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /) -> None: ...
+def dual_attention_cpu(
+    scores: int,
+    dtype: int,
+    tangents: int,
+    rows: int,
+    columns: int,
+    first_row: int,
+    heads: int,
+    length: int,
+    causal: bool,
+    mask: tuple[int, bool, int, int, int, int],
+    threads: int,
+    /,
+) -> None: ...
 def dual_row_norm_cpu(
     x: int,
     out: int,
@@ -55,38 +70,6 @@ def dual_group_norm_cpu(
     weight: int,
     bias: int,
     silu: bool,
-    threads: int,
-    /,
-) -> None: ...
-def dual_softmax_cpu(x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /) -> None: ...
-def dual_attention_cpu(
-    scores: int,
-    is_double: bool,
-    tangents: int,
-    rows: int,
-    columns: int,
-    first_row: int,
-    heads: int,
-    length: int,
-    causal: bool,
-    mask: int,
-    mask_is_bool: bool,
-    mask_batch: int,
-    mask_head: int,
-    mask_row: int,
-    mask_column: int,
-    threads: int,
-    /,
-) -> None: ...
-def dual_conv_cpu(
-    out: int,
-    bias: int,
-    dtype: int,
-    parts: int,
-    planes: int,
-    channels: int,
-    pixels: int,
-    activation: int,
     threads: int,
     /,
 ) -> None: ...

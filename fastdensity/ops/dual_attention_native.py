@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdensity._backend import native
+from fastdensity._backend import DTYPE_NUMBERS, native
 
 _native = native()
 CHUNK_BYTES = 4 * 2**20  # scores and their tangents that are held at a time
@@ -77,10 +77,10 @@ def launch_cpu(
     result = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype)
     o = result.view(out.shape[0], groups, rows, out.shape[-1]).unbind(0)
     planes = out.shape[0] if query_dual or key_dual else 1
-    where: tuple[Any, ...] = (heads, length, causal, 0, False, 0, 0, 0, 0)
+    where: tuple[Any, ...] = (heads, length, causal, (0, False, 0, 0, 0, 0))
     if mask is not None:
         mask = _dense_mask(mask, dtype, (batch, heads, length, keys))
-        where = (heads, length, causal, mask.data_ptr(), mask.dtype == torch.bool, *mask.stride())
+        where = (heads, length, causal, (mask.data_ptr(), mask.dtype == torch.bool, *mask.stride()))
 
     itemsize, threads = result.element_size(), torch.get_num_threads()
     scratch = torch.empty(0, dtype=dtype)
@@ -96,7 +96,7 @@ def launch_cpu(
         _scores(s, [x[head, row] for x in q], [x[head, seen] for x in k], scale)
         first = head.start * rows + row.start
         sizes = (planes - 1, shape[1] * shape[2], reach, first)
-        _native.dual_attention_cpu(scores.data_ptr(), itemsize == 8, *sizes, *where, threads)
+        _native.dual_attention_cpu(scores.data_ptr(), DTYPE_NUMBERS[dtype], *sizes, *where, threads)
         _outputs([x[head, row] for x in o], s, [x[head, seen] for x in v])
     if result is not out:
         out.copy_(result)

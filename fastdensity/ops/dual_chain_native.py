@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdensity._backend import native
+from fastdensity._backend import DTYPE_NUMBERS, native
 from fastdensity.chain_program import parse
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _native = native()
 
 
@@ -22,7 +21,7 @@ def launch_cpu(inputs: Sequence[Tensor], is_dual: Sequence[bool], program: str, 
     """
     _native.dual_chain_cpu(
         parse(program, tuple(is_dual)).code,
-        DTYPES[out.dtype],
+        DTYPE_NUMBERS[out.dtype],
         tuple(
             (tensor.data_ptr(), dual, tuple(tensor.shape), tensor.stride())
             for tensor, dual in zip(inputs, is_dual, strict=True)

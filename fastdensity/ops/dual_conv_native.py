@@ -10,11 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdensity._backend import native
-
-_native = native()
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
+from fastdensity.ops.dual_chain_native import launch_cpu as launch_chain
+from fastdensity.reference.dual_linear import epilogue
 
 
 def _is_product(weight: Tensor, stride: list[int], padding: list[int], groups: int) -> bool:
@@ -48,16 +45,7 @@ def launch_cpu(
             out.set_(found.view(out.shape))  # type: ignore[call-overload]
         else:
             out.copy_(found.unflatten(0, (parts, batch)))
-    if bias is not None or activation != "none":
-        bias = None if bias is None else bias.contiguous()
-        _native.dual_conv_cpu(
-            out.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            DTYPES[out.dtype],
-            parts,
-            batch * channels,
-            channels,
-            height * width,
-            ACTIVATIONS[activation],
-            torch.get_num_threads(),
-        )
+    if activation != "none":
+        launch_chain(*epilogue(out, None if bias is None else bias[:, None, None], activation), out)
+    elif bias is not None:
+        out[0].add_(bias[:, None, None])  # the tangents of a sum with a constant are not touched

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdensity._backend import native
+from fastdensity._backend import DTYPE_NUMBERS, native
 from fastdensity.reference.dual_norm import compute_dtype, row_count
 
-TYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _native = native()
 
 
@@ -51,7 +50,7 @@ def dual_group_norm_cpu(
     _native.dual_group_norm_cpu(
         x.data_ptr(),
         out.data_ptr(),
-        TYPE_NUMBERS[x.dtype],
+        DTYPE_NUMBERS[x.dtype],
         x.shape[0],
         x.shape[1],
         x.shape[2],
@@ -82,7 +81,7 @@ def _launch_rows(
     _native.dual_row_norm_cpu(
         x.data_ptr(),
         out.data_ptr(),
-        TYPE_NUMBERS[x.dtype],
+        DTYPE_NUMBERS[x.dtype],
         x.shape[0],
         rows,
         size,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdensity._backend import native
-from fastdensity.boundary import FLOATING
+from fastdensity._backend import DTYPE_NUMBERS, native
 
 _native = native()
-DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(FLOATING)}  # as DataType in csrc/ops.h
 
 
 def launch_cpu(x: Tensor, out: Tensor) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fastdensity import rules
-from fastdensity._backend import native
+from fastdensity._backend import DTYPE_NUMBERS, native
 from fastdensity.reference.rows import NoiseKey, Operands, Parameter
 
 RULE_NUMBERS = {name: number for number, name in enumerate(rules.RULES)}
 TYPE_NUMBERS = {name: number for number, name in enumerate(rules.PREDICTION_TYPES)}
 NO_NOISE: tuple[int, Tensor | None, int] = (0, None, 0)
 _native = native()
-_native.set_dtypes((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_native.set_dtypes(tuple(DTYPE_NUMBERS))
 
 
 def _contiguous(operands: Operands) -> bool:
