@@ -81,7 +81,7 @@ def blocks(
         keys = 64 if roomy and group == 1 and not masked and not ragged else 32 if modern or not masked else 16
         return {"GROUP": group, "QUERIES": 64, "KEYS": keys, "SLICE": columns, "num_warps": 4, "num_stages": 2}
     if itemsize == 2 and columns <= 128:
-        if masked and ragged:
+        if modern and masked and ragged:
             queries, keys, warps = 64, 16, 8
         elif roomy and not masked and not ragged:
             queries, keys, warps = 128, 32, 8
