@@ -57,7 +57,10 @@ SHAPES = {
     "triangles": lambda x: x.tril() * x.triu(-1),
     "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
     "pad_by_number": lambda x: F.pad(x, (1, 1), value=2.0).square(),
-    "pad_reflect": lambda x: F.pad(x, (1, 2, 1, 0), mode="reflect") [..., 1:, 1:] + F.pad(x, (1, 1, 0, 0), mode="replicate")[..., :6, 1:] .sum(),
+    "pad_reflect": lambda x: (
+        F.pad(x, (1, 2, 1, 0), mode="reflect")[..., 1:, 1:]
+        + F.pad(x, (1, 1, 0, 0), mode="replicate")[..., :6, 1:].sum()
+    ),
     "upsample": lambda x: F.interpolate(x, scale_factor=2.0) * F.interpolate(x, scale_factor=2.0, mode="bilinear"),
     "upsample_more": lambda x: F.interpolate(x, size=(9, 7), mode="bicubic")
     + F.interpolate(x, size=(9, 7), mode="nearest-exact")
@@ -70,7 +73,10 @@ SHAPES = {
     "pool_adaptive_1d": lambda x: F.adaptive_avg_pool1d(x[:, 0], 3),
     "unfold": lambda x: x.unfold(-1, 3, 2).sum(-1) .sum() + F.unfold(x, 3),
     "in_place": lambda x: _in_place(x),
-    "scatter": lambda x: torch.select_scatter(x, x[:, 0].sin(), 1, 2) * torch.slice_scatter(x, SQUARE[None, None].expand(2, 2, 6, 6), 1, 1, 3),
+    "scatter": lambda x: (
+        torch.select_scatter(x, x[:, 0].sin(), 1, 2)
+        * torch.slice_scatter(x, SQUARE[None, None].expand(2, 2, 6, 6), 1, 1, 3)
+    ),
 }  # fmt: skip
 
 LINEAR = {
@@ -89,10 +95,13 @@ LINEAR = {
     "masked_fill": lambda x: x.masked_fill(MASK, 3.0).square(),
     "conv1d": lambda x: F.conv1d(x.reshape(2, 24, 6), KERNEL_1D, CHANNELS.repeat(2), padding=1),
     "conv3d": lambda x: F.conv3d(x[:, :, None], KERNEL_3D, padding=(0, 1, 1)),
-    "conv_same": lambda x: F.conv2d(x, KERNEL, padding="same") + F.conv1d(x[:, 0], KERNEL_1D[:, :6], padding="same").sum(),
+    "conv_same": lambda x: (
+        F.conv2d(x, KERNEL, padding="same") + F.conv1d(x[:, 0], KERNEL_1D[:, :6], padding="same").sum()
+    ),
     "conv_transpose": lambda x: F.conv_transpose2d(x, BACK, OTHER[:2], stride=2, padding=1),
-    "conv_transpose_1d_3d": lambda x: F.conv_transpose1d(x[:, :, 0], BACK[..., 0]).sum()
-    + F.conv_transpose3d(x[:, :, None], BACK[:, :, None]),
+    "conv_transpose_1d_3d": lambda x: (
+        F.conv_transpose1d(x[:, :, 0], BACK[..., 0]).sum() + F.conv_transpose3d(x[:, :, None], BACK[:, :, None])
+    ),
     "max": lambda x: x.max(-1)[0] * x.min(1, keepdim=True)[0][:, :, 0],
     "sort": lambda x: x.sort(1, descending=True)[0] * torch.sort(x, stable=True, dim=2)[0] + x.topk(6)[0],
     "topk": lambda x: x.topk(3, 2, largest=False)[0],
@@ -109,8 +118,10 @@ NETWORK = {
     "conv2d_grouped": lambda x: F.silu(F.conv2d(x, GROUPED, CHANNELS, groups=4, dilation=2)),
     "layer_norm": lambda x: F.layer_norm(x * x, (6,), SQUARE[0], SQUARE[1]) + F.layer_norm(x, (4, 6, 6)),
     "modulated": lambda x: F.layer_norm(x, (6,)) * (1 + SQUARE[0]) + SQUARE[1],
-    "modulated_rows": lambda x: F.layer_norm(x, (6,)) * CHANNELS[:2, None, None, None].expand(2, 1, 1, 6)
-    + OTHER[:2, None, None, None].expand(2, 1, 1, 6),
+    "modulated_rows": lambda x: (
+        F.layer_norm(x, (6,)) * CHANNELS[:2, None, None, None].expand(2, 1, 1, 6)
+        + OTHER[:2, None, None, None].expand(2, 1, 1, 6)
+    ),
     "dual_affine": lambda x: F.layer_norm(x, (6,), x[0, 0, 0], x[0, 0, 1]),
     "rms_norm": lambda x: F.rms_norm(x * x, (6,), SQUARE[0]) + F.rms_norm(x, (6,), eps=1e-3),
     "group_norm": lambda x: F.silu(F.group_norm(x, 2, CHANNELS, OTHER)) + F.group_norm(x, 4),
@@ -131,7 +142,9 @@ ELEMENTWISE = {
     "numbers": lambda x: 2 - x / 3 + 1 / (x.square() + 1) + (x - 2) * 0.5 + torch.rsub(x, 2),
     "alpha": lambda x: torch.add(x, SQUARE, alpha=2) + torch.sub(SQUARE, x, alpha=3),
     "powers": lambda x: x**2 + x**3 + (x.abs() + 1) ** 0.5 + (x.abs() + 1) ** -0.5 + (x.abs() + 1) ** -1,
-    "activations": lambda x: F.relu(x) + F.leaky_relu(x, 0.2) + F.softplus(x) + F.gelu(x) + F.gelu(x, approximate="tanh"),
+    "activations": lambda x: (
+        F.relu(x) + F.leaky_relu(x, 0.2) + F.softplus(x) + F.gelu(x) + F.gelu(x, approximate="tanh")
+    ),
     "division": lambda x: x / (x.square() + 1) + SQUARE / (x.square() + 1),
     "broadcast": lambda x: x * CHANNELS[:, None, None] + x[:, :1] * x[0, 0] + x[0, 0, 0],
     "mish": lambda x: F.mish(x) + F.logsigmoid(x) + F.softplus(x, 2.0),

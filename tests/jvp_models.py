@@ -1,4 +1,4 @@
-"""Tiny networks of the kinds that people sample from, with weights that leave no layer at zero; used by test_jvp_models.
+"""Tiny networks of the kinds that people sample from, with weights that leave no layer at zero.
 
 Weights and inputs are representable in bfloat16, so that one float64 truth serves every dtype.
 """
@@ -140,7 +140,7 @@ def randomise(model: nn.Module) -> None:
     model.eval()
 
 
-# -- multilayer perceptrons -------------------------------------------------------------------------------------------
+# -- multilayer perceptrons ------------------------------------------------------------------------------------------
 class VelocityMLP(nn.Module):
     """v(t, x) with x and t joined, as flow-matching tutorials write it; one kind of activation a layer."""
 
@@ -167,7 +167,7 @@ def mlp_of_activations() -> Case:
     return Case(VelocityMLP(16, kinds), (torch.randn(3, 5), torch.rand(3)))
 
 
-# -- a residual network with batch norm -------------------------------------------------------------------------------
+# -- a residual network with batch norm ------------------------------------------------------------------------------
 class BasicBlock(nn.Module):
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def resnet() -> Case:
     return Case(ResNetField(), (torch.randn(3, 3, 8, 8), torch.rand(3)))
 
 
-# -- diffusers ---------------------------------------------------------------------------------------------------------
+# -- diffusers -------------------------------------------------------------------------------------------------------
 def _diffusers(name: str, **options: Any) -> nn.Module:
     return getattr(pytest.importorskip("diffusers"), name)(**options)  # type: ignore[no-any-return]
 
@@ -262,7 +262,9 @@ def flux() -> Case:
         axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     inputs = torch.randn(3, 9, 4), torch.tensor([0.125, 0.25, 0.5]), torch.randn(3, 5, 12), torch.randn(3, 6)
-    image_ids = torch.stack([torch.zeros(9), *(item.flatten() for item in torch.meshgrid(*(torch.arange(3.0),) * 2, indexing="ij"))], 1)
+    image_ids = torch.stack(
+        [torch.zeros(9), *(item.flatten() for item in torch.meshgrid(*(torch.arange(3.0),) * 2, indexing="ij"))], 1
+    )
 
     def call(model: nn.Module) -> Call:
         ids = {"img_ids": image_ids, "txt_ids": torch.zeros(5, 3)}
@@ -283,9 +285,7 @@ def pixart() -> Case:
     conditions = {"resolution": None, "aspect_ratio": None}
 
     def call(model: nn.Module) -> Call:
-        return lambda x, t, text, mask: model(
-            x, text, t, conditions, encoder_attention_mask=mask, return_dict=False
-        )[0]
+        return lambda x, t, text, mask: model(x, text, t, conditions, encoder_attention_mask=mask, return_dict=False)[0]
 
     return Case(model, inputs, call)
 
@@ -298,7 +298,7 @@ def autoencoder() -> Case:
     return Case(model, (torch.randn(3, 4, 4, 4),), lambda model: lambda z: model.decode(z).sample)
 
 
-# -- torchcfm ---------------------------------------------------------------------------------------------------------
+# -- torchcfm --------------------------------------------------------------------------------------------------------
 def flow_matching_unet() -> Case:
     wrapper = pytest.importorskip("torchcfm.models.unet.unet").UNetModelWrapper
     model = wrapper(

@@ -199,7 +199,7 @@ def test_operators_of_torch_without_forward_mode_are_named(x, vectors):
 
 
 def test_errors_of_fn_itself_come_through(x, vectors):
-    with pytest.raises(RuntimeError, match="same reduction dim|shapes cannot be multiplied"):
+    with pytest.raises(RuntimeError, match=r"same reduction dim|shapes cannot be multiplied"):
         fd.jvp(lambda x: x @ torch.ones(3, 3), (x,), vectors)
 
 

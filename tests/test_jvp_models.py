@@ -42,7 +42,7 @@ def traces_of(model: nn.Module) -> int:
     return sum(vars(model)[cache._ATTRIBUTE].traces.values())
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value_and_tangents(case: Case, dtype: torch.dtype) -> None:
     """Three directions at once and one, three samples and two, from one trace, as near the truth as torch is."""
@@ -57,8 +57,12 @@ def test_value_and_tangents(case: Case, dtype: torch.dtype) -> None:
         assert got.dtype == by_torch.dtype
         bound = 1e-12 if dtype is torch.float64 else 2 * error(by_torch, truth) + 2 * torch.finfo(dtype).eps
         assert error(got, truth) < bound
-    for got, by_torch, truth in zip(fewer, (theirs[0][:2], theirs[1][:1, :2]), (value[:2], tangents[:1, :2]), strict=True):
-        assert error(got, truth) < 2 * error(by_torch, truth) + (1e-12 if dtype is torch.float64 else 2 * torch.finfo(dtype).eps)
+    for got, by_torch, truth in zip(
+        fewer, (theirs[0][:2], theirs[1][:1, :2]), (value[:2], tangents[:1, :2]), strict=True
+    ):
+        assert error(got, truth) < 2 * error(by_torch, truth) + (
+            1e-12 if dtype is torch.float64 else 2 * torch.finfo(dtype).eps
+        )
     assert traces_of(case.models[inputs[0].dtype]) == (2 if case.autocast and dtype is torch.bfloat16 else 1)
 
 
@@ -77,7 +81,7 @@ def test_nothing_falls_back(case: Case) -> None:
     assert bool(explained.fallbacks) == (case.name in FALL_BACK), explained.summary()
 
 
-# -- what changes between calls -------------------------------------------------------------------------------------------
+# -- what changes between calls --------------------------------------------------------------------------------------
 def assert_right(case: Case, model: nn.Module, dtype: torch.dtype = torch.float64) -> None:
     """`model` as it is now, against torch."""
     call = case.call(model)
@@ -175,10 +179,12 @@ def test_dtypes_change_between_calls() -> None:
     assert_right(case, model.bfloat16(), torch.bfloat16)
 
 
-# -- training mode --------------------------------------------------------------------------------------------------------
+# -- training mode ---------------------------------------------------------------------------------------------------
 def with_dropout() -> Case:
     case = mlp()
-    case.model = VelocityMLP(activations=(nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), nn.Sequential(nn.GELU(), nn.Dropout(0.2))))
+    case.model = VelocityMLP(
+        activations=(nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), nn.Sequential(nn.GELU(), nn.Dropout(0.2)))
+    )
     randomise(case.model)
     return case
 
@@ -217,7 +223,7 @@ def test_one_dropout_mask_for_value_and_tangents(make: Callable[[], Case]) -> No
     assert_right(case, model)
 
 
-# -- torch.compile --------------------------------------------------------------------------------------------------------
+# -- torch.compile ---------------------------------------------------------------------------------------------------
 def block() -> Case:
     """One transformer block: norms, attention, a gated feed-forward layer."""
     attention = pytest.importorskip("diffusers.models.attention")

@@ -1,7 +1,7 @@
 """fd.jvp under torch's transforms and modes: right, or an error, never a silent zero.
 
-torch's own second derivatives of layer_norm and batch_norm are wrong (their saved statistics carry no tangent, torch 2.13);
-where second order is compared with torch, the norm is written out.
+torch's own second derivatives of layer_norm and batch_norm are wrong (their saved statistics carry no tangent, torch
+2.13); where second order is compared with torch, the norm is written out.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def assert_near(got, wanted, tolerance=1e-10):
     assert (got - wanted).norm() < tolerance * wanted.norm()
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 def test_grad_modes(block, primals, vectors, mode):
     wanted = by_torch(lambda x: block(x, primals[1]), primals[0], vectors).detach()
     with mode():
@@ -166,7 +168,12 @@ def test_parameters_with_tangents(block, primals, vectors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     """Measured against the whole network in that dtype."""
-    block, x, t, vectors = Block().eval(), draw(3, 8, 4, 4, dtype=torch.float32), torch.rand(3), torch.randn(2, 3, 8, 4, 4)
+    block, x, t, vectors = (
+        Block().eval(),
+        draw(3, 8, 4, 4, dtype=torch.float32),
+        torch.rand(3),
+        torch.randn(2, 3, 8, 4, 4),
+    )
     with torch.no_grad():
         before = fd.jvp(block, (x, t), vectors)
         with torch.autocast("cpu", dtype=dtype):
@@ -228,7 +235,7 @@ def test_compile_around_jvp(block, primals, vectors):
     with torch.no_grad():
         assert_near(torch.compile(fn, backend="aot_eager")(*primals, vectors), wanted)
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="compile fd.trace_jvp"):
+        with pytest.raises(Exception, match=r"compile fd\.trace_jvp"):
             torch.compile(fn, fullgraph=True, backend="aot_eager")(*primals, vectors)
     direction = draw(*primals[0].shape)
 
