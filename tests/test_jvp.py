@@ -118,9 +118,13 @@ def test_python_numbers_are_constants_of_a_trace(field, traces):
 
 def test_tracing_again_and_again_is_said(field):
     x, vectors = draw(4, 6), draw(1, 4, 6)
-    with pytest.warns(UserWarning, match="has traced this function 16 times"):
+
+    def trace_often():
         for number in range(16):
             fd.jvp(lambda x: x * number, (x,), vectors)  # noqa: B023
+
+    with pytest.warns(UserWarning, match="has traced this function 16 times"):
+        trace_often()
 
 
 GLOBAL_FIELD = Field().double().eval()
