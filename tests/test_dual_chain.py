@@ -155,6 +155,14 @@ def test_special_values_are_torchs(name, dtype):
     assert torch.equal(result[0].isnan(), eager([stacked], [True], program)[0].isnan())
 
 
+@pytest.mark.parametrize("name", [name for name in STEPS if STEPS[name][0] == 1])
+def test_nan_of_any_payload_stays_nan(name):
+    bits = torch.tensor([0x7FC00000, 0x7FC00001, 0x7FC001FF, 0x7F800001, 0x7FFFFFFF])
+    nan = torch.cat((bits, bits - 2**31)).to(torch.int32).view(torch.float32)
+    result = dual_chain([torch.stack([nan, torch.ones_like(nan)])], [True], one_step_program(name))
+    assert result[0].isnan().all()
+
+
 def test_relu_stops_infinite_tangents():
     stacked = torch.tensor([[-1.0, 0.0, 2.0], [math.inf, math.nan, math.inf]])
     assert dual_chain([stacked], [True], "relu 0").tolist() == [[0.0, 0.0, 2.0], [0.0, 0.0, math.inf]]

@@ -67,6 +67,12 @@ def test_special_values_are_those_of_torch(dtype):
     torch.testing.assert_close(out, want, equal_nan=True, rtol=0.02, atol=1e-3)
 
 
+def test_nan_of_any_payload_spoils_its_row():
+    rows = torch.zeros(2, 3, 40)
+    rows[0, :, 3] = torch.tensor([0x7FC00001, 0x7FC001FF, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert dual_softmax(rows).isnan().all()
+
+
 def test_any_strides_and_a_row_on_its_own():
     x = torch.randn(65, 4, 3).permute(2, 1, 0)
     out = dual_softmax(x)
