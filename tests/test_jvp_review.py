@@ -166,6 +166,14 @@ def test_a_derivative_of_the_users_own_is_refused():
     torch.testing.assert_close(Straight.apply(torch.tensor(1.2)), torch.tensor(1.0))  # nothing is left behind
 
 
+def test_default_eps_of_rms_norm_in_half_precision():
+    """It is that of the arithmetic, float32, not the type's."""
+    x, vectors = (draw(4, 6) * 1e-2).bfloat16(), draw(1, 4, 6).bfloat16()
+    _, (got,) = fd.jvp(lambda x: nn.functional.rms_norm(x, (6,)), (x,), vectors)
+    wanted = torch.func.jvp(lambda x: nn.functional.rms_norm(x, (6,)), (x,), (vectors[0],))[1]
+    assert (got - wanted).double().norm() < 0.05 * wanted.double().norm()
+
+
 def test_scripts_are_refused():
     with pytest.raises(TypeError, match="torch.jit module"):
         fd.jvp(torch.jit.trace(nn.Linear(6, 6).double(), draw(4, 6)), (draw(4, 6),), draw(1, 4, 6))

@@ -176,11 +176,12 @@ def _own_derivatives_refused() -> Iterator[None]:
 
     def apply(cls: Any, *arguments: Any, **keywords: Any) -> Any:
         if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
-            frames = [frame for frame in traceback.extract_stack() if not frame.filename.startswith((_TORCH, _HERE, "<"))]
+            stack = traceback.extract_stack()
+            frames = [frame for frame in stack if not frame.filename.startswith((_TORCH, _HERE, "<"))]
             where = f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "an unknown line"
             raise NotImplementedError(
-                f"{cls.__name__} is an autograd.Function with a derivative of its own, which no graph holds, at {where}; "
-                "write it in torch operators (a detach for what is not to be differentiated)"
+                f"{cls.__name__} is an autograd.Function with a derivative of its own, which no graph holds, at "
+                f"{where}; write it in torch operators (a detach for what is not to be differentiated)"
             )
         return original.__get__(None, cls)(*arguments, **keywords)
 

@@ -3,8 +3,8 @@
 A trace fixes the modules' structure and every plain attribute that their code may have read: a dropout's `training`, an
 adapter's scale, a replaced `forward`, a hook. Parameters are read anew by each call, so their values may change, and
 they may be swapped for others of the same kind. What attributes lead to counts as well: entries of their lists and
-dictionaries (an adapter's scale is one), attributes of plain objects, modules that are registered nowhere. All of that is
-looked at in every call; it has to be cheap, so what is compared is the identity of the entries of each dictionary.
+dictionaries (an adapter's scale is one), attributes of plain objects, modules that are registered nowhere. All of that
+is looked at in every call; it has to be cheap, so what is compared is the identity of the entries of each dictionary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from operator import is_
 from typing import Any
 
 import torch
-
 from torch import Tensor, nn
 
 from fastdensity._backend import native
@@ -27,6 +26,7 @@ _ENDS = (
     type(None), bool, int, float, complex, str, bytes, Tensor, type, types.ModuleType, types.FunctionType,
     types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
+_LIBRARIES = ("torch", "fastdensity", "builtins", "_thread", "threading", "logging")
 _MOST_DEPTH = 4
 
 
@@ -118,8 +118,8 @@ class _Reached:
         self._all((value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE), depth)
 
     def _object(self, value: Any, depth: int) -> None:
-        """A plain object of the user's or a library's; torch's own (generators, graphs, stores) are taken as they are."""
-        if type(value).__module__.split(".")[0] in ("torch", "fastdensity", "builtins", "_thread", "threading", "logging"):
+        """A plain object; torch's own (generators, graphs) and this package's are taken as they are."""
+        if type(value).__module__.split(".")[0] in _LIBRARIES:
             return
         entries = getattr(value, "__dict__", None)
         if isinstance(entries, dict):
