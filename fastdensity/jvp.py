@@ -49,7 +49,8 @@ def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tenso
     primals = _check_primals(primals)
     _check_vectors(vectors, primals[0])
     end_outer_trace()
-    return find(fn, primals).run(fn, primals, vectors)
+    dual, tensors = find(fn, primals)
+    return dual.run(fn, primals, vectors, tensors)
 
 
 def trace_jvp(fn: Callable[..., Tensor], primals: Any) -> fx.GraphModule:
@@ -73,7 +74,7 @@ def explain(fn: Callable[..., Tensor], primals: Any) -> Explanation:
 
 
 def _graph_of(fn: Callable[..., Tensor], primals: Any) -> Dual:
-    dual = find(fn, _check_primals(primals))
+    dual, _ = find(fn, _check_primals(primals))
     if not isinstance(dual, Dual):
         raise NotImplementedError(
             "fn calls fd.jvp itself, and no graph holds that; trace the inner function, or call fd.jvp(fn, ...)"

@@ -24,8 +24,9 @@ from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.rewrite import Record, rewrite
 from fastdensity.dual.tracing import Traced, trace
-from fastdensity.dual.watch import STORE, Watch
+from fastdensity.dual.watch import Watch
 
+STORE = "_fastdensity_duals"  # the attribute in which a module keeps its own graphs
 _MOST_GRAPHS = 64
 _MANY_TRACES = 16
 _DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
@@ -44,17 +45,18 @@ class Dual:
         self.records: list[Record]
         _warn_of_dropout(self.traced.graph)
         self.graph, self.records = rewrite(self.traced)
-        self.tensors = captured.tensors  # of the latest call
         self.watch = Watch(captured.modules, captured.objects)
         self.captured = captured  # keeps what the key names alive
         self.device_type = primals[0].device.type
 
-    def run(self, fn: Callable[..., Any], primals: tuple[Any, ...], vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The graph on these arguments; what autocast did is in the graph already."""
+    def run(
+        self, fn: Callable[..., Any], primals: tuple[Any, ...], vectors: Tensor, tensors: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The graph on these arguments; what autocast did is in the graph already. `tensors`: what fn closes over."""
         if torch.is_autocast_enabled(self.device_type):
             with torch.autocast(self.device_type, enabled=False):
-                return self.graph(primals, vectors, self.tensors)
-        return self.graph(primals, vectors, self.tensors)
+                return self.graph(primals, vectors, tensors)
+        return self.graph(primals, vectors, tensors)
 
     def bound_graph(self, fn: Callable[..., Any]) -> fx.GraphModule:
         """The graph with the closed-over tensors as they are now."""
@@ -96,14 +98,25 @@ class _Store:
         ):
             duals.append(dual)
         while len(self.exact) > _MOST_GRAPHS:
-            self.exact.popitem(last=False)
+            _, dropped = self.exact.popitem(last=False)
+            if isinstance(dropped, Dual) and all(kept is not dropped for kept in self.exact.values()):
+                self.forget(dropped)
+
+    def used(self, key: Hashable) -> None:
+        """The graphs that were not used for the longest time go first."""
+        try:
+            self.exact.move_to_end(key)
+        except KeyError:  # another thread has dropped it
+            pass
 
     def forget(self, dual: Dual) -> None:
         """Drop a graph that no longer holds."""
         self.exact = OrderedDict((key, kept) for key, kept in self.exact.items() if kept is not dual)
-        for duals in self.general.values():
+        for general, duals in list(self.general.items()):
             if dual in duals:
                 duals.remove(dual)
+            if not duals:
+                del self.general[general]
 
 
 _functions = _Store()
@@ -112,8 +125,11 @@ _functions = _Store()
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="fd.jvp looks its graph up in Python; where fullgraph=True is wanted, compile fd.trace_jvp(fn, primals)"
 )
-def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> Dual | NestedDual:
-    """The dual of fn for such arguments: a kept one that still holds, or a new trace."""
+def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> tuple[Dual | NestedDual, list[Tensor]]:
+    """The dual of fn for such arguments, a kept one that still holds or a new trace, and the tensors fn closes over.
+
+    Those belong to one call, not to the dual: another thread may run it with its own.
+    """
     if not callable(fn):
         raise TypeError(f"fn must be a module or a function, got {describe(fn)}")
     captured = capture(fn)
@@ -127,12 +143,12 @@ def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> Dual | NestedDual:
     key = (mode, *map(_kind, everything))
     dual = store.exact.get(key)
     if isinstance(dual, NestedDual):
-        return dual
+        return dual, captured.tensors
     if dual is not None and dual.watch.fresh():
-        dual.tensors = captured.tensors
-        return dual
+        store.used(key)
+        return dual, captured.tensors
     with _lock:
-        return _find_slowly(captured, primals, store, dual, key, (mode, everything, x), autocast)
+        return _find_slowly(captured, primals, store, dual, key, (mode, everything, x), autocast), captured.tensors
 
 
 def _find_slowly(
@@ -154,7 +170,6 @@ def _find_slowly(
             store.forget(dual)
         elif dual.traced.holds_for(batch):
             store.put(key, general, dual)
-            dual.tensors = captured.tensors
             return dual
     try:
         with inside_trace():

@@ -39,6 +39,7 @@ def capture(fn: Callable[..., Any]) -> Captured:
     """Take `fn` apart; cheap enough for every call."""
     captured = Captured(None, getattr(fn, "__code__", None) or id(fn))
     if isinstance(fn, nn.Module):
+        _refuse_script(fn)
         captured.modules.append(fn)
         captured.key = ("module", id(fn))
         captured.rebuild = lambda tensors: fn
@@ -60,6 +61,7 @@ class _Walk:
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, nn.Module):
+            _refuse_script(value)
             if all(value is not module for module in self.captured.modules):
                 self.captured.modules.append(value)
             return ("module", id(value)), _constant(value)
@@ -147,6 +149,11 @@ class _Walk:
 
     def _in_slot(self, value: Any, depth: int) -> Hashable:
         return ("same", id(value)) if isinstance(value, Tensor) else self.value(value, depth)[0]
+
+
+def _refuse_script(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("a torch.jit module cannot be traced; pass the module that it was made from")
 
 
 def _constant(value: Any) -> Rebuild:

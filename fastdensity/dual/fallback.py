@@ -33,7 +33,20 @@ def has_no_tangent(node: fx.Node) -> bool:
         return True
     value = node.meta.get("val")
     results = value if isinstance(value, (tuple, list)) else (value,)
-    return not any(isinstance(item, Tensor) and item.is_floating_point() for item in results)
+    return not any(isinstance(item, Tensor) and differentiable(item) for item in results)
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Is this of a type that has derivatives, real or complex?"""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def in_complex_numbers(node: fx.Node) -> bool:
+    """Does this node read or give a complex tensor? Kernels know none; torch.func.jvp computes such nodes."""
+    value = node.meta.get("val")
+    values = [*(value if isinstance(value, (tuple, list)) else (value,))]
+    values += [item.meta.get("val") for item in node.all_input_nodes]
+    return any(isinstance(item, Tensor) and item.is_complex() for item in values)
 
 
 def emit(builder: Any, node: fx.Node) -> fx.Node:
@@ -93,7 +106,7 @@ class NodeCall:
 
 def _restack(values: Any, tangents: Any) -> Any:
     if isinstance(values, Tensor):
-        if not values.is_floating_point():
+        if not differentiable(values):
             return values
         return torch.cat([values.unsqueeze(0), tangents])
     return tuple(_restack(value, tangent) for value, tangent in zip(values, tangents, strict=True))

@@ -126,7 +126,12 @@ def _replace_mutation(graph: fx.Graph, node: fx.Node, sources: dict[str, tuple[s
         raise ValueError(f"fn writes into {what} in place at {line_of(node)}; write to a copy instead{hint}")
     with graph.inserting_before(node):
         value = graph.call_function(_functional_twin(node), node.args, node.kwargs)
-    value.meta = dict(node.meta)
+        value.meta = dict(node.meta)
+        kind = _natural_dtype(value)
+        if kind is not None and kind != node.meta["val"].dtype:  # what is written keeps its own type
+            value.meta["val"] = node.meta["val"].to(kind)
+            value = graph.call_function(aten.to.dtype, (value, node.meta["val"].dtype))
+            value.meta = dict(node.meta)
     _rebind(graph, written, node, value)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
@@ -154,10 +159,22 @@ def _functional_twin(node: fx.Node) -> Any:
     return getattr(packet, overload)
 
 
+def _natural_dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype that this node's operator gives by itself; None if it cannot be asked."""
+    mode = getattr(node.meta["val"], "fake_mode", None)
+    if mode is None or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
+    with mode:
+        result = node.target(*arguments, **keywords)
+    return result.dtype if isinstance(result, Tensor) else None
+
+
 def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node) -> None:
     """Whoever reads `written`, or what it is a view of, after the mutation reads the new value."""
     views: list[fx.Node] = []
     base, new = written, value
+    replaced = {written: value}  # the written tensor, and each that it is a view of
     while base.op == "call_function" and base.target in _VIEWS_THAT_SCATTER:
         views.append(base)
         with graph.inserting_before(mutation):
@@ -167,6 +184,7 @@ def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node
         assert isinstance(source, fx.Node)
         new.meta = {**mutation.meta, "val": source.meta["val"]}
         base = source
+        replaced[base] = new
     after = _later(graph, mutation)
     storage = _storage(base)
     for node in graph.nodes:
@@ -177,10 +195,8 @@ def _rebind(graph: fx.Graph, written: fx.Node, mutation: fx.Node, value: fx.Node
                 f"{mutation.target} at {line_of(mutation)} overwrites memory that is read later through another view; "
                 "write to a copy instead"
             )
-    skip = {mutation, value, new}
-    base.replace_all_uses_with(new, lambda user: user in after and user not in skip)
-    if written is not base:
-        written.replace_all_uses_with(value, lambda user: user in after and user not in skip)
+    for old, current in replaced.items():
+        old.replace_all_uses_with(current, lambda user: user in after)
 
 
 def _later(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:

@@ -13,6 +13,7 @@ from torch import fx
 
 from fastdensity.dual import rules_network
 from fastdensity.dual.elementwise import Earlier, Operand, is_chainable, steps_of
+from fastdensity.dual.fallback import in_complex_numbers
 from fastdensity.dual.rewrite import Builder, Rule, shape_of
 from fastdensity.ops.dual_chain import dual_chain
 
@@ -42,7 +43,7 @@ def plan(graph: fx.Graph, dependent: set[fx.Node]) -> Plan:
     """Decide for the nodes of a functional graph; `dependent` are those that carry tangents."""
     found = Plan()
     for node in graph.nodes:
-        if node in dependent and node.op == "call_function":
+        if node in dependent and node.op == "call_function" and not in_complex_numbers(node):
             for pattern in (_geglu, _activated, _modulated, _folded):
                 if found.free(node) and pattern(found, node, dependent):
                     break
@@ -202,7 +203,7 @@ def _chains(found: Plan, graph: fx.Graph, dependent: set[fx.Node]) -> None:
     """Group elementwise nodes: a producer joins its only user if that has its shape and dtype."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node not in dependent or not found.free(node) or not is_chainable(node):
+        if node not in dependent or not found.free(node) or in_complex_numbers(node) or not is_chainable(node):
             continue
         members = [node]
         for source in node.all_input_nodes:

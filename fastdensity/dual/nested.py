@@ -41,7 +41,9 @@ def end_outer_trace() -> None:
 class NestedDual:
     """In the place of a `fastdensity.dual.cache.Dual` for a function that cannot be traced for this reason."""
 
-    def run(self, fn: Callable[..., Tensor], primals: tuple[Any, ...], vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        self, fn: Callable[..., Tensor], primals: tuple[Any, ...], vectors: Tensor, tensors: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """By vmap over torch.func.jvp."""
 
         def push(vector: Tensor) -> Any:

@@ -23,6 +23,10 @@ aten = torch.ops.aten
 Emitted = Any  # a node of the dual graph; NotImplemented where a rule does not cover the arguments
 Rule = Callable[["Builder", fx.Node], Emitted]
 RULES: dict[Any, Rule] = {}
+_IDENTITIES_OF_A_NUMBER = {  # in torch; its vmap is wrong for some of them (torch 2.13)
+    aten.squeeze.dim, aten.squeeze.dims, aten.flip.default, aten.roll.default, aten.transpose.int, aten.movedim.int,
+    aten.swapaxes.default, aten.swapdims.default,
+}  # fmt: skip
 _READS = (aten.item.default, aten._local_scalar_dense.default)
 
 
@@ -234,7 +238,9 @@ def _node(builder: Builder, node: fx.Node) -> None:
         builder.copy(node)
     elif node.target is operator.getitem:
         builder.emit(node, "view", lambda b, n: b.call(operator.getitem, *b.plain(n.args)))
-    elif node.target in RULES:
+    elif _names_no_dimension(node) and node.target in _IDENTITIES_OF_A_NUMBER:
+        builder.emit(node, "same", lambda b, n: b.stacked(n.args[0]))
+    elif node.target in RULES and not (fallback.in_complex_numbers(node) or _names_no_dimension(node)):
         function = RULES[node.target]
         name = function.__name__
         new = function(builder, node)
@@ -245,6 +251,16 @@ def _node(builder: Builder, node: fx.Node) -> None:
         builder.emit(node, name, function)
     else:
         builder.emit(node, "fallback", fallback.emit)
+
+
+def _names_no_dimension(node: fx.Node) -> bool:
+    """Does this name a dimension of a tensor that has none? torch takes 0 and -1 there; in a stack they mean others."""
+    if not isinstance(node.args[0], fx.Node) or not isinstance(node.args[0].meta.get("val"), Tensor):
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or shape_of(node.args[0]) != ():
+        return False
+    return any(argument.name.startswith(("dim", "start_dim", "axis", "source")) for argument in schema.arguments)
 
 
 def _output(builder: Builder, node: fx.Node) -> None:

@@ -22,8 +22,8 @@ def total(b: Builder, node: fx.Node) -> Emitted:
     dims = list(range(1, rank + 1)) if not given and given != 0 else [shifted(dim) for dim in given]
     keep = node.args[2] if len(node.args) > 2 else False
     target = aten.sum.dim_IntList if "sum" in str(node.target) else aten.mean.dim
-    if not dims:
-        return b.stacked(node.args[0])
+    if not dims:  # of a tensor without dimensions
+        return NotImplemented  # type: ignore[return-value]
     return b.call(target, b.stacked(node.args[0]), dims, keep, **b.plain(node.kwargs))
 
 
@@ -70,6 +70,8 @@ def where(b: Builder, node: fx.Node) -> Emitted:
     parts = []
     for item in (first, second):
         stacked = b.stacked(item)
+        if item.meta["val"].dtype != node.meta["val"].dtype:  # a stack has dimensions, and with them a say in promotion
+            stacked = b.call(aten.to.dtype, stacked, node.meta["val"].dtype)
         for _ in range(rank - len(shape_of(item))):
             stacked = b.call(aten.unsqueeze.default, stacked, 1)
         parts.append(stacked)

@@ -89,7 +89,7 @@ def rms_norm(b: Builder, node: fx.Node, multiplier: Any = None, addend: Any = No
         return NotImplemented
     eps = given["eps"]
     if eps is None:
-        eps = torch.finfo(node.meta["val"].dtype).eps
+        eps = torch.finfo(torch.promote_types(given["input"].meta["val"].dtype, torch.float32)).eps  # as torch does
     size, weight = math.prod(given["normalized_shape"]), b.plain(given["weight"])
     return b.call(dual_rms_norm, b.stacked(given["input"]), size, weight, eps, b.plain(multiplier), b.plain(addend))
 

@@ -137,6 +137,7 @@ def _quietly() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(redirect_stdout(StringIO()))
         stack.enter_context(_lines_of_functions())
+        stack.enter_context(_own_derivatives_refused())
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -179,6 +180,30 @@ def _attributes_kept(roots: list[nn.Module]) -> Iterator[None]:
     finally:
         for entries, before in kept:
             entries.update(before)
+
+
+@contextmanager
+def _own_derivatives_refused() -> Iterator[None]:
+    """A trace goes through the forward of an autograd.Function, and would lose the derivative that its author wrote."""
+    base, thread = torch.autograd.Function, threading.get_ident()
+    original = base.__dict__["apply"]
+
+    def apply(cls: Any, *arguments: Any, **keywords: Any) -> Any:
+        if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
+            stack = traceback.extract_stack()
+            frames = [frame for frame in stack if not frame.filename.startswith((_TORCH, _HERE, "<"))]
+            where = f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "an unknown line"
+            raise NotImplementedError(
+                f"{cls.__name__} is an autograd.Function with a derivative of its own, which no graph holds, at "
+                f"{where}; write it in torch operators (a detach for what is not to be differentiated)"
+            )
+        return original.__get__(None, cls)(*arguments, **keywords)
+
+    base.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        base.apply = original  # type: ignore[method-assign]
 
 
 @contextmanager
