@@ -10,15 +10,16 @@ Wengert 1964; the dual of attention in Lu and Song 2024 (sCM, arXiv 2410.11081, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from fastdensity.boundary import FLOATING, describe
-from fastdensity.dual.cache import Dual, find
-from fastdensity.dual.nested import end_outer_trace
-from fastdensity.dual.table import Explanation, explanation
+
+if TYPE_CHECKING:  # tracing needs torch.export and torch._dynamo, which take a second to import: on the first call
+    from fastdensity.dual.cache import Dual
+    from fastdensity.dual.table import Explanation
 
 
 def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,8 @@ def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tenso
         fn: a module or function of tensors that returns one tensor. It is traced once per kind of arguments (shapes,
             dtypes, devices; new batch sizes reuse a trace where the code allows) and never called again: what it reads
             must come from its arguments, from tensors it closes over, or from modules, whose parameters are read anew
-            at each call. A changed attribute, hook or submodule is noticed, and fn traced again.
+            at each call. A changed attribute, hook or submodule is noticed, and fn traced again; class attributes and
+            globals of other files are not watched.
         primals: tuple (x, ...) of fn's arguments; x (B, *) floating, the others tensors, numbers, None, or containers
             of these. A single tensor stands for (x,).
         vectors: (K, B, *), of x's dtype and device, K >= 1.
@@ -46,9 +48,10 @@ def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tenso
     `torch.no_grad` (or `inference_mode`) where that is not wanted, which is faster. In training mode dropout draws one
     mask for the value and its tangents.
     """
+    from fastdensity.dual.cache import find
+
     primals = _check_primals(primals)
     _check_vectors(vectors, primals[0])
-    end_outer_trace()
     dual, tensors = find(fn, primals)
     return dual.run(fn, primals, vectors, tensors)
 
@@ -70,10 +73,14 @@ def explain(fn: Callable[..., Tensor], primals: Any) -> Explanation:
     node's kernel; "fallback": torch.func.jvp of that node), its floating-point operations and the user's line.
     Arguments and errors: see `jvp`.
     """
+    from fastdensity.dual.table import explanation
+
     return explanation(_graph_of(fn, primals))
 
 
 def _graph_of(fn: Callable[..., Tensor], primals: Any) -> Dual:
+    from fastdensity.dual.cache import Dual, find
+
     dual, _ = find(fn, _check_primals(primals))
     if not isinstance(dual, Dual):
         raise NotImplementedError(

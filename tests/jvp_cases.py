@@ -122,7 +122,7 @@ NETWORK = {
     "rms_norm": lambda x: F.rms_norm(x * x, (6,), SQUARE[0]) + F.rms_norm(x, (6,), eps=1e-3),
     "group_norm": lambda x: F.silu(F.group_norm(x, 2, CHANNELS, OTHER)) + F.group_norm(x, 4),
     "batch_norm": lambda x: F.batch_norm(x, CHANNELS, OTHER.abs() + 1, OTHER, CHANNELS),
-    "instance_norm": lambda x: F.instance_norm(x),
+    "instance_norm": lambda x: F.instance_norm(x) + F.instance_norm(x, OTHER, OTHER**2 + 1, use_input_stats=False),
     "softmax": lambda x: x.softmax(-1) + x.softmax(1) * torch.softmax(x, 0),
     "attention": lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos()),
     "attention_text": lambda x: F.scaled_dot_product_attention(x, SQUARE.expand(2, 4, 6, 6), SQUARE.expand(2, 4, 6, 6)),
@@ -142,7 +142,7 @@ ELEMENTWISE = {
     + F.gelu(x, approximate="tanh"),
     "division": lambda x: x / (x.square() + 1) + SQUARE / (x.square() + 1),
     "broadcast": lambda x: x * CHANNELS[:, None, None] + x[:, :1] * x[0, 0] + x[0, 0, 0],
-    "mish": lambda x: F.mish(x) + F.logsigmoid(x) + F.softplus(x, 2.0),
+    "mish": lambda x: F.mish(x) + F.softplus(x, 2.0),
     "twice": lambda x: x.sin() * x.sin() + x.sin(),
 }  # fmt: skip
 
@@ -152,6 +152,8 @@ FALLBACK = {
     "power": lambda x: (x.abs() + 1) ** 2.5,
     "cumprod": lambda x: x.cumprod(-1),
     "elu": F.elu,
+    "attention_broadcast": lambda x: F.scaled_dot_product_attention(x[:, :1], x, x[:1]),
+    "log_sigmoid": lambda x: F.logsigmoid(30 * x),
     "norm": lambda x: torch.linalg.vector_norm(x, dim=-1),
     "max_pool": lambda x: F.max_pool2d(x, 2),
     "amax": lambda x: x.amax(-1),

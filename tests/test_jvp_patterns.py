@@ -137,8 +137,8 @@ def test_batch_norm_behind_a_shared_convolution() -> None:
 
 @pytest.mark.parametrize(
     "fn",
-    [F.mish, F.logsigmoid, lambda x: F.softplus(x, 2.0), lambda x: F.softplus(x * 30, 0.5, 20)],
-    ids=["mish", "logsigmoid", "softplus", "softplus past its threshold"],
+    [F.mish, lambda x: F.softplus(x, 2.0), lambda x: F.softplus(x * 30, 0.5, 20)],
+    ids=["mish", "softplus", "softplus past its threshold"],
 )
 def test_activations_that_are_chains(fn: Callable[[Tensor], Tensor]) -> None:
     x, vectors = 3 * torch.randn(3, 50, dtype=torch.float64), torch.randn(2, 3, 50, dtype=torch.float64)

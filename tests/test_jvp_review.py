@@ -175,7 +175,7 @@ def test_default_eps_of_rms_norm_in_half_precision():
 
 
 def test_scripts_are_refused():
-    with pytest.raises(TypeError, match="torch.jit module"):
+    with pytest.raises(TypeError, match=r"torch\.jit module"):
         fd.jvp(torch.jit.trace(nn.Linear(6, 6).double(), draw(4, 6)), (draw(4, 6),), draw(1, 4, 6))
 
 

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fastdensity.boundary import describe
 from fastdensity.dual.capture import Captured, capture
 from fastdensity.dual.functional import line_of, make_functional
-from fastdensity.dual.nested import NestedDual, NestedJvpError, inside_trace
+from fastdensity.dual.nested import NestedDual, NestedJvpError, end_outer_trace, inside_trace
 from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.rewrite import Record, rewrite
@@ -104,10 +105,8 @@ class _Store:
 
     def used(self, key: Hashable) -> None:
         """The graphs that were not used for the longest time go first."""
-        try:
+        with suppress(KeyError):  # another thread has dropped it
             self.exact.move_to_end(key)
-        except KeyError:  # another thread has dropped it
-            pass
 
     def forget(self, dual: Dual) -> None:
         """Drop a graph that no longer holds."""
@@ -130,6 +129,7 @@ def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> tuple[Dual | Neste
 
     Those belong to one call, not to the dual: another thread may run it with its own.
     """
+    end_outer_trace()
     if not callable(fn):
         raise TypeError(f"fn must be a module or a function, got {describe(fn)}")
     captured = capture(fn)

@@ -83,11 +83,12 @@ class _Walk:
         return ("tensor", tensor.dim()), lambda tensors: tensors[number]
 
     def _function(self, function: types.FunctionType, depth: int) -> tuple[Hashable, Rebuild]:
-        if function.__module__ is not None and function.__module__.split(".")[0] in _LIBRARIES:
+        of_library = function.__module__ is not None and function.__module__.split(".")[0] in _LIBRARIES
+        if of_library and not function.__closure__:
             return ("same", id(function)), _constant(function)
         self.seen.add(id(function))
         cells = tuple(_content(cell) for cell in function.__closure__ or ())
-        names = _globals_of(function)
+        names = {} if of_library else _globals_of(function)
         parts = (cells, function.__defaults__, function.__kwdefaults__, names)
         before = len(self.captured.tensors)
         keys, rebuilds = zip(*(self.value(part, depth + 1) for part in parts), strict=True)

@@ -137,10 +137,6 @@ def _mish(node: fx.Node) -> list[Step]:
     return [*gate, ("mul", (node.args[0], Earlier(1)))]
 
 
-def _log_sigmoid(node: fx.Node) -> list[Step]:
-    return [("neg", (node.args[0],)), ("softplus", (Earlier(0),)), ("neg", (Earlier(1),))]
-
-
 def _leaky_relu(node: fx.Node) -> list[Step]:
     slope: Any = node.args[1] if len(node.args) > 1 else 0.01
     return [("leaky_relu", (node.args[0], float(slope)))] if _number(slope) else []
@@ -161,6 +157,5 @@ _WRITERS: dict[Any, Callable[[fx.Node], list[Step]]] = {
     aten.gelu.default: _gelu,
     aten.softplus.default: _softplus,
     aten.mish.default: _mish,
-    aten.log_sigmoid.default: _log_sigmoid,
     aten.leaky_relu.default: _leaky_relu,
 }

@@ -127,9 +127,9 @@ def _replace_mutation(graph: fx.Graph, node: fx.Node, sources: dict[str, tuple[s
     with graph.inserting_before(node):
         value = graph.call_function(_functional_twin(node), node.args, node.kwargs)
         value.meta = dict(node.meta)
-        kind = _natural_dtype(value)
-        if kind is not None and kind != node.meta["val"].dtype:  # what is written keeps its own type
-            value.meta["val"] = node.meta["val"].to(kind)
+        natural = _natural_dtype(value)
+        if natural is not None and natural != node.meta["val"].dtype:  # what is written keeps its own type
+            value.meta["val"] = node.meta["val"].to(natural)
             value = graph.call_function(aten.to.dtype, (value, node.meta["val"].dtype))
             value.meta = dict(node.meta)
     _rebind(graph, written, node, value)

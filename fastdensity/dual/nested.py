@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _state = threading.local()
 
 
-class NestedJvpError(Exception):
-    """Raised out of a trace that meets a jvp."""
+class NestedJvpError(BaseException):
+    """Raised out of a trace that meets a jvp; no `except Exception` of the user's may end it on the way."""
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def total(b: Builder, node: fx.Node) -> Emitted:
     keep = node.args[2] if len(node.args) > 2 else False
     target = aten.sum.dim_IntList if "sum" in str(node.target) else aten.mean.dim
     if not dims:  # of a tensor without dimensions
-        return NotImplemented  # type: ignore[return-value]
+        return NotImplemented
     return b.call(target, b.stacked(node.args[0]), dims, keep, **b.plain(node.kwargs))
 
 

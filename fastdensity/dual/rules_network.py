@@ -111,12 +111,12 @@ def batch_norm(b: Builder, node: fx.Node) -> Emitted:
     if given.get("use_input_stats") and not b.dual(given["weight"]) and not b.dual(given["bias"]):
         channels, parts = shape_of(node)[1], (b.plain(given["weight"]), b.plain(given["bias"]))
         return b.call(dual_group_norm, b.stacked(given["input"]), channels, *parts, given["eps"], "none")
-    if given.get("training") or node.target is aten.instance_norm.default:
+    if given.get("training"):
         raise ValueError(
-            f"{node.target} couples the rows of a batch or has no rule, at {line_of(node)}; call model.eval()"
+            f"batch_norm in training mode couples the rows of a batch, at {line_of(node)}; call model.eval()"
         )
     if any(b.dual(given[name]) for name in ("weight", "bias", "running_mean", "running_var")):
-        raise NotImplementedError(f"batch_norm with parameters that depend on the input, at {line_of(node)}")
+        raise NotImplementedError(f"{node.target} with parameters that depend on the input, at {line_of(node)}")
     return b.call(runtime.batch_norm, b.stacked(given["input"]), *_batch_norm_parts(b, node))
 
 
@@ -152,6 +152,10 @@ def attention(b: Builder, node: fx.Node) -> Emitted:
         pieces = [b.stacked(item) for item in (query, key, value)]
         options = (b.plain(mask), given["is_causal"], scale, given["dropout_p"])
         return b.call(runtime.attention_with_dropout, *pieces, *options)
+    batches = {tuple(map(str, shape_of(item)[:-3])) for item in (query, key, value)}
+    heads = [str(shape_of(item)[-3]) for item in (query, key, value) if len(shape_of(item)) > 2]
+    if len(batches) > 1 or len(set(heads[1:])) > 1 or (len(set(heads)) > 1 and not given["enable_gqa"]):
+        return NotImplemented  # torch broadcasts these
     ranks = {len(shape_of(item)) for item in (query, key, value)}
     if ranks == {4}:
         return _attention(b, [b.plain(item) for item in (query, key, value)], (query, key, value), given, scale)
