@@ -23,7 +23,7 @@ from fastdensity.dual.functional import line_of, make_functional
 from fastdensity.dual.nested import NestedDual, NestedJvpError, end_outer_trace, inside_trace
 from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
-from fastdensity.dual.rewrite import Record, rewrite
+from fastdensity.dual.rewrite import rewrite
 from fastdensity.dual.tracing import Traced, trace
 from fastdensity.dual.watch import Watch
 
@@ -43,7 +43,6 @@ class Dual:
         make_functional(self.traced.graph, self.traced.module, self.traced.sources)
         make_casts_explicit(self.traced.graph, autocast)
         recognise(self.traced.graph, self.traced.sources)
-        self.records: list[Record]
         _warn_of_dropout(self.traced.graph)
         self.graph, self.records = rewrite(self.traced)
         self.watch = Watch(captured.modules, captured.objects)

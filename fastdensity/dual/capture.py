@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdensity.dual.watch import slots_of
+
 Rebuild = Callable[[list[Tensor]], Any]
 _PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format)
 _LIBRARIES = ("torch", "numpy", "builtins", "fastdensity")
@@ -144,7 +146,8 @@ class _Walk:
         tensors = len(self.captured.tensors)
         for attribute in getattr(value, "__dict__", {}).values():
             self.value(attribute, depth + 1)
-        slots = [self._in_slot(attribute, depth + 1) for attribute in _slots(value)]
+        held = [getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)]
+        slots = [self._in_slot(attribute, depth + 1) for attribute in held]
         del self.captured.tensors[tensors:]  # they cannot be replaced from outside: constants, known by identity
         return ("object", id(value), *slots), _constant(value)
 
@@ -166,14 +169,6 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # a name that is not assigned yet
         return None
-
-
-def _slots(value: Any) -> list[Any]:
-    names = []
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else list(slots)
-    return [getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)]
 
 
 def _globals_of(function: types.FunctionType) -> dict[str, Any]:

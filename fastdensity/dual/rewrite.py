@@ -120,22 +120,16 @@ class Builder:
         new = self.plain(argument)
         return self._once("value", new, aten.select.int, new, 0, 0) if self.dual(argument) else new
 
-    def tangents(self, argument: fx.Node) -> fx.Node:
-        """The K tangents `(K, *shape)` of a dual argument."""
-        new = self.new[argument]
-        return self._once("tangents", new, aten.slice.Tensor, new, 0, 1, None)
+    def aligned(self, argument: Any, rank: int, promote: bool = False) -> Any:
+        """A dual with singleton dimensions after its first, so that its shape broadcasts with those of `rank`.
 
-    def aligned(self, argument: Any, rank: int) -> Any:
-        """A dual with singleton dimensions after its first, so that its shape broadcasts with those of `rank`."""
-        new = self.plain(argument)
-        if self.dual(argument):
-            for _ in range(rank - shape_of(argument).__len__()):
+        A plain argument broadcasts as it is; `promote` makes it a dual first.
+        """
+        new = self.stacked(argument) if promote else self.plain(argument)
+        if promote or self.dual(argument):
+            for _ in range(rank - len(shape_of(argument))):
                 new = self.call(aten.unsqueeze.default, new, 1)
         return new
-
-    def join(self, value: fx.Node, tangents: fx.Node) -> fx.Node:
-        """A dual of a value `(*shape)` and tangents `(K, *shape)`."""
-        return self.call(runtime.stack, value, tangents)
 
     def _once(self, kind: str, new: fx.Node, target: Any, *arguments: Any) -> fx.Node:
         found = self._cache.get((kind, new))
@@ -144,9 +138,8 @@ class Builder:
         return found
 
     # -- nodes --------------------------------------------------------------------------------------------------------
-    def emit(self, node: fx.Node, treatment: str, function: Rule) -> None:
-        """Run a rule on a node that depends on the input."""
-        new = function(self, node)
+    def settle(self, node: fx.Node, treatment: str, new: fx.Node) -> None:
+        """`new` is the dual of a node that depends on the input."""
         if node.meta.get("without_grad"):
             new = self.call(runtime.without_grad, new, line_of(node))
         self.new[node], self.is_dual[node] = new, True
@@ -191,7 +184,8 @@ def rewrite(traced: Traced, bind: list[Tensor] | None = None) -> tuple[fx.GraphM
         elif node in plan.absorbed:
             builder.records[node] = Record(node, f"in {plan.absorbed[node].name}")
         elif node in plan.rules:
-            builder.emit(node, *plan.rules[node])
+            name, function = plan.rules[node]
+            builder.settle(node, name, function(builder, node))
         else:
             _node(builder, node)
     module = fx.GraphModule(_Holder(builder.attributes), builder.graph, "DualGraph")
@@ -237,20 +231,22 @@ def _node(builder: Builder, node: fx.Node) -> None:
     elif not dual or fallback.has_no_tangent(node):
         builder.copy(node)
     elif node.target is operator.getitem:
-        builder.emit(node, "view", lambda b, n: b.call(operator.getitem, *b.plain(n.args)))
+        builder.settle(node, "view", builder.call(operator.getitem, *builder.plain(node.args)))
     elif _names_no_dimension(node) and node.target in _IDENTITIES_OF_A_NUMBER:
-        builder.emit(node, "same", lambda b, n: b.stacked(n.args[0]))
-    elif node.target in RULES and not (fallback.in_complex_numbers(node) or _names_no_dimension(node)):
-        function = RULES[node.target]
-        name = function.__name__
-        new = function(builder, node)
-        if new is NotImplemented:
-            name, function = "fallback", fallback.emit
-        else:
-            function = lambda b, n: new  # noqa: E731
-        builder.emit(node, name, function)
+        builder.settle(node, "same", builder.stacked(node.args[0]))
     else:
-        builder.emit(node, "fallback", fallback.emit)
+        _by_rule(builder, node)
+
+
+def _by_rule(builder: Builder, node: fx.Node) -> None:
+    """By the rule of its operator; by the fallback where there is none, or where it does not cover these arguments."""
+    function = RULES.get(node.target)
+    if function is not None and not fallback.in_complex_numbers(node) and not _names_no_dimension(node):
+        new = function(builder, node)
+        if new is not NotImplemented:
+            builder.settle(node, function.__name__, new)
+            return
+    builder.settle(node, "fallback", fallback.emit(builder, node))
 
 
 def _names_no_dimension(node: fx.Node) -> bool:

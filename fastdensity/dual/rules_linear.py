@@ -69,11 +69,9 @@ def where(b: Builder, node: fx.Node) -> Emitted:
     rank = len(shape_of(node))
     parts = []
     for item in (first, second):
-        stacked = b.stacked(item)
+        stacked = b.aligned(item, rank, promote=True)
         if item.meta["val"].dtype != node.meta["val"].dtype:  # a stack has dimensions, and with them a say in promotion
             stacked = b.call(aten.to.dtype, stacked, node.meta["val"].dtype)
-        for _ in range(rank - len(shape_of(item))):
-            stacked = b.call(aten.unsqueeze.default, stacked, 1)
         parts.append(stacked)
     return b.call(aten.where.self, b.value(condition), *parts)
 

@@ -208,10 +208,7 @@ def _images(b: Builder, node: fx.Node) -> Emitted:
 
 def overwrite(b: Builder, node: fx.Node) -> Emitted:
     """`target.copy_(source)` made functional: the source in the target's shape and type."""
-    source, rank = node.args[1], len(shape_of(node))
-    stacked = b.stacked(source)
-    for _ in range(rank - len(shape_of(source))):
-        stacked = b.call(aten.unsqueeze.default, stacked, 1)
+    stacked = b.aligned(node.args[1], len(shape_of(node)), promote=True)
     return b.call(runtime.overwrite_dual, stacked, b.value(node.args[0]))
 
 

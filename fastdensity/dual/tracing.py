@@ -28,7 +28,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastdensity.dual.capture import Captured
-from fastdensity.dual.nested import NestedJvpError
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
@@ -84,8 +83,6 @@ def trace(captured: Captured, primals: tuple[Any, ...]) -> Traced:
         if batch > 1:
             try:
                 return _read(_export(root, arguments, batch), captured, batch)
-            except NestedJvpError:
-                raise
             except NotTraceableError as error:
                 raise ValueError(str(error)) from error
             except Exception:
@@ -97,7 +94,8 @@ def trace(captured: Captured, primals: tuple[Any, ...]) -> Traced:
         except Exception as error:
             if _is_data_dependent(error):
                 raise ValueError(
-                    f"fn's control flow depends on the values of tensors, which no graph can hold, at {_line(error)}. "
+                    f"fn's control flow depends on the values of tensors, which no graph can hold, at "
+                    f"{_innermost(traceback.extract_tb(error.__traceback__))}. "
                     "Use torch.where, or move the decision out of fn"
                 ) from error
             raise
@@ -158,8 +156,7 @@ def _lines_of_functions() -> Iterator[None]:
         return
 
     def keep(self: Any, summary: traceback.StackSummary) -> traceback.StackSummary:
-        frames = [frame for frame in summary if not frame.filename.startswith((_TORCH, _HERE, "<"))]
-        return traceback.StackSummary.from_list(frames[-3:])
+        return traceback.StackSummary.from_list(_user_frames(summary)[-3:])
 
     kind._filter_traceback_frames = keep
     try:
@@ -190,12 +187,10 @@ def _own_derivatives_refused() -> Iterator[None]:
 
     def apply(cls: Any, *arguments: Any, **keywords: Any) -> Any:
         if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
-            stack = traceback.extract_stack()
-            frames = [frame for frame in stack if not frame.filename.startswith((_TORCH, _HERE, "<"))]
-            where = f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "an unknown line"
             raise NotImplementedError(
                 f"{cls.__name__} is an autograd.Function with a derivative of its own, which no graph holds, at "
-                f"{where}; write it in torch operators (a detach for what is not to be differentiated)"
+                f"{_innermost(traceback.extract_stack())}; write it in torch operators (a detach for what is not to be "
+                "differentiated)"
             )
         return original.__get__(None, cls)(*arguments, **keywords)
 
@@ -237,15 +232,15 @@ def _is_data_dependent(error: BaseException) -> bool:
     return isinstance(error, kinds) or "data-dependent" in str(error)
 
 
-def _line(error: BaseException) -> str:
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, _HERE, "<"))
-    ]
-    if not frames:
-        return "an unknown line"
-    return f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`"
+def _user_frames(summary: traceback.StackSummary) -> list[traceback.FrameSummary]:
+    """The frames that are neither torch's nor this package's."""
+    return [frame for frame in summary if not frame.filename.startswith((_TORCH, _HERE, "<"))]
+
+
+def _innermost(summary: traceback.StackSummary) -> str:
+    """The user's line that was being run: 'file:line, `code`'."""
+    frames = _user_frames(summary)
+    return f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "an unknown line"
 
 
 def _read(program: Any, captured: Captured, batch: int | None) -> Traced:
@@ -255,15 +250,14 @@ def _read(program: Any, captured: Captured, batch: int | None) -> Traced:
             raise NotTraceableError(
                 f"fn writes into {spec.target!r} in place ({spec.kind.name.lower()}); call model.eval()"
             )
-    leaves = [("primal", path) for path in _paths(program)]
     sources: dict[str, tuple[str, Any]] = {}
-    inputs = iter(leaves)
+    paths = iter(_paths(program))
     tensors = iter(range(len(captured.tensors)))
     for spec in signature.input_specs:
         name = spec.arg.name
         if spec.kind is InputKind.USER_INPUT:
-            kind, path = next(inputs)
-            sources[name] = ("captured", next(tensors)) if path[0] == 1 else (kind, path[1:])
+            path = next(paths)
+            sources[name] = ("captured", next(tensors)) if path[0] == 1 else ("primal", path[1:])
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             sources[name] = ("live", spec.target)
         else:

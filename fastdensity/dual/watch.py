@@ -125,7 +125,7 @@ class _Reached:
         if isinstance(entries, dict):
             self.dicts.append(entries)
             self._all(entries.values(), depth)
-        slots = _slots(type(value))
+        slots = slots_of(type(value))
         if slots:
             self.others.append(lambda: [getattr(value, slot, None) for slot in slots])
             self._all((getattr(value, slot, None) for slot in slots), depth)
@@ -135,7 +135,8 @@ def _same_items(items: list[Any], before: list[Any]) -> bool:
     return len(items) == len(before) and all(map(_same, items, before))
 
 
-def _slots(kind: type) -> list[str]:
+def slots_of(kind: type) -> list[str]:
+    """The names of a class's slots, its bases' included."""
     found: list[str] = []
     for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())
