@@ -29,7 +29,6 @@ from fastdensity.dual import cache
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 Tensors = tuple[Tensor, Tensor]
-NO_BFLOAT16 = {"UNet2DConditionModel", "PixArtTransformer2DModel"}  # made of what the others are made of: save time
 FALL_BACK = {"MLP of many activations"}  # elu and the like have no kernel of their own
 
 
@@ -68,8 +67,6 @@ def traces_of(model: nn.Module) -> int:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value_and_tangents(case: Case, dtype: torch.dtype) -> None:
     """Three directions at once and one, three samples and two, from one trace, as near the truth as torch is."""
-    if dtype is torch.bfloat16 and case.name in NO_BFLOAT16:
-        pytest.skip("to save time")
     call, inputs, vectors = case.at(dtype)
     with case.precision(dtype):
         ours = fd.jvp(call, inputs, vectors)
