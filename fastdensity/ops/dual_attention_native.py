@@ -16,7 +16,8 @@ from fastdensity._backend import DTYPE_NUMBERS, native
 
 _native = native()
 CHUNK_BYTES = 4 * 2**20  # scores and their tangents that are held at a time
-LEAST_ROWS = 32  # of a block, below which matrix products are slow
+CAUSAL_BLOCKS = 4  # that are taken together under a causal mask: they reach as far as the last of them
+LEAST_ROWS = 128  # of a block, below which matrix products are slow
 
 
 def _dense(tensor: Tensor, is_dual: bool, dtype: torch.dtype, heads: int, rows: int) -> list[Tensor]:
@@ -33,19 +34,28 @@ def _dense_mask(mask: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Ten
     return (mask if mask.dtype == torch.bool else mask.to(dtype)).expand(shape)
 
 
-def _chunks(heads: int, rows: int, row_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """(heads, rows of each) that are computed together. How rows are cut does not depend on the number of heads."""
+def _chunks(heads: int, rows: int, row_bytes: int, together: int) -> Iterator[tuple[slice, slice, int]]:
+    """(heads, rows of each, blocks these rows are cut into) that are computed at a time.
+
+    A block's scores fill at most CHUNK_BYTES. Blocks of one head come `together` at a time, one to a thread: torch
+    takes them as a batch, so what a thread writes it reads again itself, which counts where cores share no cache.
+    How rows are cut depends neither on the number of heads nor on that of threads.
+    """
     if 2 * rows * row_bytes <= CHUNK_BYTES:
         group = CHUNK_BYTES // (rows * row_bytes)
         for head in range(0, heads, group):
-            yield slice(head, min(head + group, heads)), slice(0, rows)
+            yield slice(head, min(head + group, heads)), slice(0, rows), 1
         return
     most = max(CHUNK_BYTES // row_bytes, LEAST_ROWS)
     block = -(-rows // -(-rows // most))
     block = min(-(-block // 16) * 16, rows)
+    whole = rows - rows % block
     for head in range(heads):
-        for row in range(0, rows, block):
-            yield slice(head, head + 1), slice(row, min(row + block, rows))
+        for row in range(0, whole, together * block):
+            end = min(row + together * block, whole)
+            yield slice(head, head + 1), slice(row, end), (end - row) // block
+        if whole < rows:
+            yield slice(head, head + 1), slice(whole, rows), 1
 
 
 def launch_cpu(
@@ -83,23 +93,31 @@ def launch_cpu(
         where = (heads, length, causal, (mask.data_ptr(), mask.dtype == torch.bool, *mask.stride()))
 
     itemsize, threads = result.element_size(), torch.get_num_threads()
+    together = min(threads, CAUSAL_BLOCKS) if causal else threads
     scratch = torch.empty(0, dtype=dtype)
-    for head, row in _chunks(groups, rows, planes * keys * itemsize):
+    for head, row, blocks in _chunks(groups, rows, planes * keys * itemsize, together):
         reach = _reach(row, length, keys) if causal else keys
-        shape = (planes, head.stop - head.start, row.stop - row.start, reach)
-        seen = slice(0, reach)
+        batch_size = (head.stop - head.start) * blocks
+        shape = (planes, batch_size, (row.stop - row.start) // blocks, reach)
         size = planes * shape[1] * shape[2] * reach
         if scratch.numel() < size:
             scratch = torch.empty(size, dtype=dtype)
         scores = scratch[:size].view(shape)
         s = scores.unbind(0)
-        _scores(s, [x[head, row] for x in q], [x[head, seen] for x in k], scale)
+        queries, outputs = ([_blocks(x[head, row], shape[2]) for x in tensors] for tensors in (q, o))
+        all_keys, all_values = ([x[head, :reach].expand(batch_size, -1, -1) for x in tensors] for tensors in (k, v))
+        _scores(s, queries, all_keys, scale)
         first = head.start * rows + row.start
         sizes = (planes - 1, shape[1] * shape[2], reach, first)
         _native.dual_attention_cpu(scores.data_ptr(), DTYPE_NUMBERS[dtype], *sizes, *where, threads)
-        _outputs([x[head, row] for x in o], s, [x[head, seen] for x in v])
+        _outputs(outputs, s, all_values)
     if result is not out:
         out.copy_(result)
+
+
+def _blocks(rows: Tensor, size: int) -> Tensor:
+    """(heads, rows, columns) as (heads x blocks, size, columns), nothing copied: several blocks are of one head."""
+    return rows.reshape(-1, size, rows.shape[-1]) if rows.shape[1] != size else rows
 
 
 def _reach(row: slice, length: int, keys: int) -> int:
