@@ -145,6 +145,55 @@ void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns
 }
 #endif
 
+// -- Probes: as the duals below ---------------------------------------------------------------------------------------
+
+// (distribution, seed, step, stream, first, probes, rows, columns, address of the sample ids)
+using ProbeArgument = std::tuple<int, std::uint64_t, std::uint32_t, std::uint32_t, std::int64_t, std::int64_t,
+                                 std::int64_t, std::int64_t, std::int64_t>;
+
+ProbeCall probe_call(const ProbeArgument& argument, std::int64_t products, std::int64_t out, int dtype) {
+  ProbeCall call;
+  int distribution = 0;
+  std::int64_t sample_ids = 0;
+  std::tie(distribution, call.seed, call.step, call.stream, call.first, call.probes, call.rows, call.columns,
+           sample_ids) = argument;
+  if (distribution < 0 || distribution > 3) throw std::invalid_argument("unknown distribution");
+  call.distribution = static_cast<Distribution>(distribution);
+  call.sample_ids = static_cast<const std::int64_t*>(address(sample_ids));
+  call.dtype = data_type(dtype), call.products = address(products), call.out = writable(out);
+  return call;
+}
+
+void make_probes_entry(ProbeArgument argument, std::int64_t out, int dtype, int threads) {
+  const ProbeCall call = probe_call(argument, 0, out, dtype);
+  nb::gil_scoped_release release;
+  make_probes_cpu(call, threads);
+}
+
+void probe_forms_entry(ProbeArgument argument, std::int64_t products, std::int64_t out, int dtype, int threads) {
+  const ProbeCall call = probe_call(argument, products, out, dtype);
+  nb::gil_scoped_release release;
+  probe_forms_cpu(call, threads);
+}
+
+#ifdef FASTDENSITY_WITH_CUDA
+std::int64_t probe_cuda_scratch_entry(ProbeArgument argument, int dtype) {
+  return probe_cuda_scratch(probe_call(argument, 0, 0, dtype));
+}
+
+void make_probes_cuda_entry(ProbeArgument argument, std::int64_t out, int dtype, std::int64_t scratch,
+                            std::int64_t stream) {
+  const char* error = make_probes_cuda(probe_call(argument, 0, out, dtype), writable(scratch), writable(stream));
+  if (error) throw std::runtime_error(std::string("CUDA kernel `make_probes` failed: ") + error);
+}
+
+void probe_forms_cuda_entry(ProbeArgument argument, std::int64_t products, std::int64_t out, int dtype,
+                            std::int64_t scratch, std::int64_t stream) {
+  const char* error = probe_forms_cuda(probe_call(argument, products, out, dtype), writable(scratch), writable(stream));
+  if (error) throw std::runtime_error(std::string("CUDA kernel `probe_forms` failed: ") + error);
+}
+#endif
+
 // -- Duals: addresses and sizes of dense tensors as integers, 0 for a tensor that is absent ---------------------------
 
 void dual_softmax_entry(std::int64_t x, std::int64_t out, int dtype, std::int64_t tangents, std::int64_t rows,
@@ -315,6 +364,9 @@ NB_MODULE(_native, m) {
   m.attr("has_cuda") = true;
   m.def("rows_cuda_scratch", &rows_cuda_scratch_entry);
   m.def("rows_cuda", &rows_cuda_entry);
+  m.def("probe_cuda_scratch", &probe_cuda_scratch_entry);
+  m.def("make_probes_cuda", &make_probes_cuda_entry);
+  m.def("probe_forms_cuda", &probe_forms_cuda_entry);
 #else
   m.attr("has_cuda") = false;
 #endif
@@ -323,6 +375,8 @@ NB_MODULE(_native, m) {
         nb::arg("contiguous"), nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(),
         nb::arg("v2").none(), nb::arg("out"), nb::arg("parameters"), nb::arg("report").none(), nb::arg("seed"),
         nb::arg("sample_ids").none(), nb::arg("step"), nb::arg("threads"));
+  m.def("make_probes_cpu", &make_probes_entry);
+  m.def("probe_forms_cpu", &probe_forms_entry);
   m.def("dual_softmax_cpu", &dual_softmax_entry);
   m.def("dual_attention_cpu", &dual_attention_entry);
   m.def("dual_row_norm_cpu", &dual_row_norm_entry);

@@ -66,6 +66,28 @@ void rows_cpu(const RowsCall& call, int threads);
 std::int64_t rows_cuda_scratch(const RowsCall& call);  // bytes
 const char* rows_cuda(const RowsCall& call, void* scratch, void* stream);
 
+// Probes first .. first + probes - 1 of every row; the contract of fastdensity/reference/probe.py.
+enum class Distribution : int { rademacher = 0, normal, sphere, hadamard };
+
+struct ProbeCall {
+  Distribution distribution = Distribution::rademacher;
+  std::uint64_t seed = 0;
+  std::uint32_t step = 0, stream = 0;
+  std::int64_t first = 0, probes = 0, rows = 0, columns = 0;  // all but `first` positive
+  const std::int64_t* sample_ids = nullptr;                   // (rows)
+  DataType dtype = DataType::float32;                         // of the probes made, or of the products
+  const void* products = nullptr;                             // (probes, rows, columns)
+  void* out = nullptr;                                        // probes likewise; forms: double (probes, rows)
+};
+
+void make_probes_cpu(const ProbeCall& call, int threads);
+void probe_forms_cpu(const ProbeCall& call, int threads);
+
+// As rows_cuda. `scratch` holds probe_cuda_scratch bytes.
+std::int64_t probe_cuda_scratch(const ProbeCall& call);
+const char* make_probes_cuda(const ProbeCall& call, void* scratch, void* stream);
+const char* probe_forms_cuda(const ProbeCall& call, void* scratch, void* stream);
+
 // adaLN's rows of `size` numbers: row r of x uses the one at data + r / every * stride.
 struct Modulation {
   const void* data = nullptr;  // nullptr: absent

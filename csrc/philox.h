@@ -104,14 +104,21 @@ FASTDENSITY_HOST_DEVICE void box_muller(std::uint32_t radius_word, std::uint32_t
   *second = (negative ? -radius : radius) * s;
 }
 
-// The four normals of elements 4 * block .. 4 * block + 3 of a row.
+// The four normals of elements 4 * block .. 4 * block + 3 of a row of stream `number`.
 template <typename Real>
-FASTDENSITY_HOST_DEVICE void noise_block(std::uint64_t seed, std::uint32_t sample_id, std::uint32_t step,
-                                         std::uint32_t block, Real out[4]) {
-  std::uint32_t word[4] = {block, kStreamNoise, step, sample_id};
+FASTDENSITY_HOST_DEVICE void normal_block(std::uint64_t seed, std::uint32_t sample_id, std::uint32_t step,
+                                          std::uint32_t number, std::uint32_t block, Real out[4]) {
+  std::uint32_t word[4] = {block, number, step, sample_id};
   philox(word, seed);
   box_muller(word[0], word[1], &out[0], &out[1]);
   box_muller(word[2], word[3], &out[2], &out[3]);
+}
+
+// Those of the noise of a step.
+template <typename Real>
+FASTDENSITY_HOST_DEVICE void noise_block(std::uint64_t seed, std::uint32_t sample_id, std::uint32_t step,
+                                         std::uint32_t block, Real out[4]) {
+  normal_block(seed, sample_id, step, kStreamNoise, block, out);
 }
 
 }  // namespace fastdensity

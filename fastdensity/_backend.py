@@ -18,6 +18,7 @@ import torch
 
 VARIABLE = "FASTDENSITY_BACKEND"
 BACKENDS = ("cpu", "triton", "cuda", "torch")
+WITH_CUDA = ("rows", "probe")  # what has kernels in CUDA C++
 # torch's dtypes as csrc/ops.h numbers them
 DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 Launcher = Callable[..., None]
@@ -33,7 +34,7 @@ def requested() -> str:
 
 
 def choose(device_type: str, op: str = "rows") -> str:
-    """The backend for tensors on 'cpu' or 'cuda': the requested one, or the best that works there.
+    """The backend of an op, or room, for tensors on 'cpu' or 'cuda': the requested one, or the best that works there.
 
     Dual ops have no CUDA C++: on GPUs they are Triton's.
     """
@@ -42,11 +43,11 @@ def choose(device_type: str, op: str = "rows") -> str:
         if device_type == "cpu":
             name = "cpu"
         elif device_type == "cuda":
-            name = "cuda" if op == "rows" and _cuda_problem() is None else "triton"
+            name = "cuda" if op in WITH_CUDA and _cuda_problem() is None else "triton"
         else:
             name = "torch"  # mps, xpu, ...: the only implementation that exists for them
     problem = _problem(name, device_type)
-    if problem is None and name == "cuda" and op != "rows":
+    if problem is None and name == "cuda" and op not in WITH_CUDA:
         problem = f"{op} has no kernel in CUDA C++; use auto or triton"
     if problem is not None:
         raise RuntimeError(f"backend {name!r} cannot run on {device_type} tensors: {problem}")
@@ -60,7 +61,7 @@ def launcher(op: str, device_type: str, room: str | None = None) -> Launcher:
     """
     found = _launchers.get((op, device_type))
     if found is None:
-        found = _launchers[op, device_type] = _load(op, choose(device_type, op), room)
+        found = _launchers[op, device_type] = _load(op, choose(device_type, room or op), room)
     return found
 
 

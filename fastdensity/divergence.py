@@ -17,14 +17,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdensity.boundary import check_integer, check_sample_ids, check_state, describe
-from fastdensity.reference.philox import MASK, philox
+from fastdensity.reference.probe import STREAM_MEASURE, STREAM_STEER, rademacher
 from fastdensity.sums import pairwise_sum, row_dot, row_sum
 
-STREAM_MEASURE = 0x50000000  # probes of reported numbers; + probe index below 2^24
-STREAM_STEER = 0x53000000  # probes that enter the drift
 METHODS = ("exact", "hutchinson")
 TANGENT_ELEMENTS = 1 << 20  # of tangents that are pushed through a function at once
-SIGNS_PER_COUNTER = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +88,6 @@ def estimate_divergence(
     if how.method == "exact":
         return _exact(fn, x)
     return _hutchinson(fn, x, num_matvecs, lambda probe: rademacher(seed, ids, step, probe, x, stream))
-
-
-def rademacher(seed: int, sample_ids: Tensor, step: int, probe: int, like: Tensor, stream: int) -> Tensor:
-    """Signs +-1 in the shape and dtype of `like`: element j is bit j % 32 of word (j // 32) % 4 of counter j // 128."""
-    columns = like.shape[1:].numel()
-    blocks = torch.arange(-(-columns // SIGNS_PER_COUNTER), device=like.device, dtype=torch.int64)
-    rows = (sample_ids.to(torch.int64) & MASK)[:, None].expand(-1, blocks.numel())
-    counter = (
-        blocks[None].expand_as(rows),
-        torch.full_like(rows, stream + probe),
-        torch.full_like(rows, step & MASK),
-        rows,
-    )
-    words = torch.stack(philox(counter, seed), dim=-1)
-    bits = (words[..., None] >> torch.arange(32, device=like.device)) & 1
-    return (1 - 2 * bits.flatten(1)[:, :columns]).to(like.dtype).reshape(like.shape)
 
 
 def directional_derivatives(fn: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

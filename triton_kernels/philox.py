@@ -86,14 +86,21 @@ def _box_muller(radius_word, angle_word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def normals(seed, sample_id, step, first, COUNT: tl.constexpr, DTYPE: tl.constexpr):
-    """COUNT standard normals in DTYPE: the elements first .. first + COUNT - 1 of a row's noise.
+def normals_of(seed, sample_id, step, number, first, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """COUNT standard normals in DTYPE: the elements first .. first + COUNT - 1 of a row of stream `number`.
 
     `first` and COUNT are multiples of 4: one counter gives four consecutive elements.
     """
     block = (tl.arange(0, COUNT // 4) + first // 4).to(tl.uint32)
-    stream = tl.full((), NOISE_STREAM, tl.uint32)
-    word_0, word_1, word_2, word_3 = tl.philox(seed, block, stream, step.to(tl.uint32), sample_id.to(tl.uint32))
+    word_0, word_1, word_2, word_3 = tl.philox(
+        seed, block, number.to(tl.uint32), step.to(tl.uint32), sample_id.to(tl.uint32)
+    )
     normal_0, normal_1 = _box_muller(word_0, word_1, DTYPE)
     normal_2, normal_3 = _box_muller(word_2, word_3, DTYPE)
     return tl.interleave(tl.interleave(normal_0, normal_2), tl.interleave(normal_1, normal_3))
+
+
+@triton.jit
+def normals(seed, sample_id, step, first, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """The normals of a step's noise, as `normals_of`."""
+    return normals_of(seed, sample_id, step, tl.full((), NOISE_STREAM, tl.uint32), first, COUNT, DTYPE)

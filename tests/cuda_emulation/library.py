@@ -1,4 +1,4 @@
-"""Builds csrc/rows_cuda.cu with the CPU's compiler and the header beside this file, and calls it through ctypes."""
+"""Builds csrc/rows_cuda.cu (or another source) with the CPU's compiler and the header beside this file, and calls it through ctypes."""
 
 from __future__ import annotations
 
@@ -45,23 +45,25 @@ class RowsCall(ctypes.Structure):
     ]  # fmt: skip
 
 
-def build(folder: Path) -> ctypes.CDLL | None:
-    """The library, or None where there is no g++."""
+def build(
+    folder: Path, source: str = "rows_cuda.cu", entry: str = "entry.cpp", call: type[ctypes.Structure] = RowsCall
+) -> ctypes.CDLL | None:
+    """The library of one CUDA source, or None where there is no g++."""
     compiler = shutil.which("g++")
     if compiler is None:
         return None
-    target = folder / "librows_emulated.so"
+    target = folder / f"lib{Path(source).stem}_emulated.so"
     command = [
         compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
         "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
         "-fno-sanitize-recover=all", "-DFASTDENSITY_CUDA_EMULATION", "-I", str(HERE), "-I", str(SOURCES),
-        "-x", "c++", str(SOURCES / "rows_cuda.cu"), str(HERE / "entry.cpp"), "-o", str(target),
+        "-x", "c++", str(SOURCES / source), str(HERE / entry), "-o", str(target),
     ]  # fmt: skip
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(target))
     library.run.restype = ctypes.c_char_p
     library.call_bytes.restype = library.scratch_bytes.restype = ctypes.c_int64
-    assert library.call_bytes() == ctypes.sizeof(RowsCall)
+    assert library.call_bytes() == ctypes.sizeof(call)
     return library
 
 
