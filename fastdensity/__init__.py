@@ -5,6 +5,7 @@ house. Formulas: Karczewski, Heinonen and Garg, "Devil is in the Details" (ICML 
 """
 
 from fastdensity.conversions import from_epsilon, to_epsilon, to_sample, to_score
+from fastdensity.divergence import DivergenceEstimate, divergence
 from fastdensity.flow import Flow
 from fastdensity.guidance import DensityGuidance, HighDensity, StochasticDensityGuidance
 from fastdensity.jvp import explain, jvp, trace_jvp
@@ -22,6 +23,7 @@ __all__ = [
     "VE",
     "VP",
     "DensityGuidance",
+    "DivergenceEstimate",
     "Flow",
     "GaussianMixture",
     "HighDensity",
@@ -31,6 +33,7 @@ __all__ = [
     "Schedule",
     "StepResult",
     "StochasticDensityGuidance",
+    "divergence",
     "explain",
     "from_epsilon",
     "guide_prediction",

@@ -1,155 +1,146 @@
-"""The divergence of a function on a batch: exact, or by random probes (Hutchinson 1990; Skilling 1989).
+"""The divergence of a function on a batch, one number and one error bar per sample: `fd.divergence`.
 
-Probes are Rademacher vectors whose signs are bits of Philox words keyed by (seed, sample id, step, probe): they are
-independent of the batch and of how it was cut. Two streams never share a word, so that what steers a sample can be
-checked with probes it has not seen: an estimate's error in the drift cancels against the same error in log p.
+    estimate = fd.divergence(model, x, t, method="hutchinson", num_matvecs=8)
+    estimate.div, estimate.std_err      # (B,) each
+
+Every product with the Jacobian is one of `fd.jvp`'s. Probes are functions of (seed, sample id, step, number) alone, so
+a sample's estimate depends neither on its batch nor on how the work was cut. Two streams of probes never share a
+word: what steers a sample is checked with probes it has not seen, since the error of a steering divergence cancels
+against the same error in log p. docs/divergence.md says which method to take.
 """
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdensity.boundary import check_integer, check_sample_ids, check_state, describe
-from fastdensity.reference.probe import STREAM_MEASURE, STREAM_STEER, rademacher
-from fastdensity.sums import pairwise_sum, row_dot, row_sum
-
-METHODS = ("exact", "hutchinson")
-TANGENT_ELEMENTS = 1 << 20  # of tangents that are pushed through a function at once
+from fastdensity.boundary import check_integer, check_number, check_sample_ids, check_state
+from fastdensity.traces.estimate import Estimate, Task, estimate
+from fastdensity.traces.function import Function
+from fastdensity.traces.key import ProbeKey
+from fastdensity.traces.options import DivergenceMethod
 
 
 @dataclass(frozen=True, slots=True)
-class DivergenceMethod:
-    """How a divergence is found; `num_matvecs` is the number of probes, `seed` None means the caller's seed."""
+class DivergenceEstimate:
+    """What `divergence` found.
 
-    method: str = "hutchinson"
-    num_matvecs: int = 1
-    seed: int | None = None
+    Attributes:
+        value: (B, *) fn(x), in fn's dtype.
+        div: (B,) the divergence, float64; NaN where fn's result or its derivatives are not finite.
+        std_err: (B,) standard error of div: 0 where it is exact, NaN where the method shows no spread (one probe).
+        num_matvecs: (B,) int64, products with the Jacobian that the sample took.
+        converged: (B,) bool, False where a wanted tolerance was not met, or div is not finite.
+    """
 
-    def __post_init__(self) -> None:
-        """ValueError or TypeError on a field out of range."""
-        if self.method not in METHODS:
-            raise ValueError(f"method of divergence must be one of {', '.join(METHODS)}, got {describe(self.method)}")
-        check_integer("num_matvecs", self.num_matvecs, 1, 2**24 - 1)
-        if self.seed is not None:
-            check_integer("seed", self.seed, 0, 2**63 - 1)
-
-    @staticmethod
-    def parse(divergence: Any, default: str) -> DivergenceMethod:
-        """A method by name, by a dict of this class's fields, or the default for None."""
-        if divergence is None:
-            return DivergenceMethod(default)
-        if isinstance(divergence, DivergenceMethod):
-            return divergence
-        if isinstance(divergence, str):
-            return DivergenceMethod(divergence)
-        if not isinstance(divergence, dict):
-            raise TypeError(f"divergence must be None, a method's name or a dict, got {describe(divergence)}")
-        known = tuple(DivergenceMethod.__slots__)
-        unknown = [key for key in divergence if key not in known]
-        if unknown:
-            raise ValueError(f"divergence takes the keys {', '.join(known)}, got {', '.join(map(repr, unknown))}")
-        return DivergenceMethod(**divergence)
+    value: Tensor
+    div: Tensor
+    std_err: Tensor
+    num_matvecs: Tensor
+    converged: Tensor
 
 
-def estimate_divergence(
-    fn: Callable[[Tensor], Tensor],
+def divergence(
+    fn: Callable[..., Any],
     x: Tensor,
-    method: str = "exact",
+    *args: Any,
+    method: str = "hutchinson",
     num_matvecs: int = 1,
+    distribution: str = "rademacher",
     seed: int = 0,
     sample_ids: Tensor | None = None,
     step: int = 0,
-    stream: int = STREAM_MEASURE,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """fn(x), its divergence and the standard error of that.
+    abstol: float | None = None,
+    reltol: float | None = None,
+    max_matvecs: int | None = None,
+    num_colours: int | None = None,
+    resphere: bool = True,
+    identity: float | Tensor = 0.0,
+    memory: int | None = None,
+    forward: str = "dual",
+) -> DivergenceEstimate:
+    """sum_i d fn_i / d x_i of each sample, exactly or from random products with the Jacobian.
 
     Args:
-        fn: (B, *) -> (B, *), rows independent of each other. x: (B, *).
-        method: "exact", all D basis vectors; or "hutchinson", the mean of z.(J z) over `num_matvecs` probes z.
-        seed, sample_ids, step, stream: the key of the probes; sample_ids int64 (B,), default 0 .. B-1.
+        fn: fn(x, *args) -> (B, *) like x; rows independent of each other. No gradient is kept.
+        x: (B, *) floating. args: a tensor whose first dimension is B belongs to the samples one by one, all else to
+            all. What fn closes over must not depend on the sample, or the batch is computed in one piece.
+        method: "exact", one product per element; "hutchinson", the mean of z.(J z) over probes z (Hutchinson 1990);
+            "hutchpp" (Meyer et al. 2021), "xtrace" (Epperly et al. 2024), for Jacobians whose spectrum decays;
+            "colour", probes on pixels far apart (after Tang and Saad 2012), for local networks on images (C, H, W).
+        num_matvecs: products per sample; above the number of elements the result is exact, with a warning.
+        distribution: "rademacher", "normal", "sphere", "orthogonal" or "hadamard"; of hutchinson and hutchpp.
+        seed, sample_ids, step: the key of the probes; sample_ids int64 (B,), default 0 .. B-1.
+        abstol, reltol: draw probes until std_err <= max(abstol, reltol |div|), each sample for itself: first
+            max(num_matvecs, 8) products, then doubling, up to max_matvecs (default: until exact costs no more).
+        num_colours: of method "colour"; default all of num_matvecs in one sweep, which shows no spread.
+        resphere: of "xtrace": scale test vectors within the complement of the others (section 2.3 there).
+        identity: fn(x) = identity x + rest(x), a number or (B,): only the rest is estimated. It matters to normal
+            probes, hutchpp and xtrace; the other probes know a multiple of the identity exactly.
+        memory: bytes that intermediate results of one call of the network may take, roughly; default 256 MiB on CPU.
+        forward: "dual" (`fd.jvp`), or "torch" (torch.func.jvp) for a fn that fd.jvp cannot trace.
 
     Returns:
-        value (B, *) in fn's dtype; div (B,) and std_err (B,) in float64. std_err is 0 for "exact"; for probes their
-        sample standard deviation over sqrt(num_matvecs), which one probe does not have: NaN.
+        DivergenceEstimate with .value .div .std_err .num_matvecs .converged.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or range; fn returned no tensor of x's shape.
+        TypeError, ValueError: an argument of the wrong type, shape or range; repeated sample_ids; fn returns no tensor
+            of x's shape (its Jacobian is not square), couples the rows, or is refused by `fd.jvp`.
+        NotImplementedError: fn uses an operator without forward derivative.
     """
     check_state("x", x)
-    how = DivergenceMethod(method, num_matvecs, check_integer("seed", seed, 0, 2**63 - 1))
-    ids = check_sample_ids(sample_ids, x)
-    if how.method == "exact":
-        return _exact(fn, x)
-    return _hutchinson(fn, x, num_matvecs, lambda probe: rademacher(seed, ids, step, probe, x, stream))
+    how = DivergenceMethod(
+        method, num_matvecs, distribution, None, abstol, reltol, max_matvecs, num_colours, resphere, memory, forward
+    )
+    ids = _distinct(check_sample_ids(sample_ids, x))
+    key = ProbeKey(check_integer("seed", seed, 0, 2**63 - 1), ids, check_integer("step", step, 0, 2**63 - 1))
+    with torch.no_grad():
+        found = estimate(Task(Function(fn, args, forward), x.detach(), key, _identity(identity, x)), how)
+        return _report(found, how)
 
 
-def directional_derivatives(fn: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """fn(x) (B, *) and J v (K, B, *) for each of `vectors` (K, B, *), by forward mode; fn(x) is computed once.
-
-    Right under torch.no_grad. Attention runs on the implementation of torch's that has a forward derivative.
-    """
-
-    def checked(at: Tensor) -> Tensor:
-        return _checked_value(fn(at), at)
-
-    def push(vector: Tensor) -> tuple[Tensor, Tensor]:
-        value, product = torch.func.jvp(checked, (x,), (vector,))[:2]
-        return value, product
-
-    x = x.contiguous()  # a dual number needs memory of its own, which an expanded row has not
-    with sdpa_kernel(SDPBackend.MATH):
-        if vectors.shape[0] == 1:
-            value, product = push(vectors[0])
-            return value, product[None]
-        return torch.func.vmap(push, out_dims=(None, 0))(vectors)  # type: ignore[arg-type]
+def estimate_divergence(
+    fn: Callable[..., Any], x: Tensor, args: tuple[Any, ...], how: DivergenceMethod, key: ProbeKey
+) -> Estimate:
+    """The same for callers inside the package, whose arguments are checked already."""
+    return estimate(Task(Function(fn, args, how.forward), x, key, None), how)
 
 
-def _hutchinson(
-    fn: Callable[[Tensor], Tensor], x: Tensor, count: int, probe: Callable[[int], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(fn(x), mean of z.(J z), its standard error) over `count` probes, a bounded number of them at a time."""
-    value, forms = x, list[Tensor]()
-    for numbers in torch.split(torch.arange(count), _tangents_at_once(x)):
-        probes = torch.stack([probe(int(number)) for number in numbers])
-        value, products = directional_derivatives(fn, x, probes)
-        forms.extend(row_dot(z, product) for z, product in zip(probes, products, strict=True))
-    stacked = torch.stack(forms)
-    mean = pairwise_sum(stacked, 0) / count
-    if count == 1:
-        return value, mean, torch.full_like(mean, math.nan)
-    variance = pairwise_sum((stacked - mean) ** 2, 0) / (count - 1)
-    return value, mean, torch.sqrt(variance / count)
+def directional_derivatives(
+    fn: Callable[..., Any], x: Tensor, args: tuple[Any, ...], vectors: Tensor, forward: str = "dual"
+) -> tuple[Tensor, Tensor]:
+    """fn(x, *args) (B, *) and J v (K, B, *) for each of `vectors` (K, B, *)."""
+    return Function(fn, args, forward).push(x, vectors)
 
 
-def _exact(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(fn(x), sum of d fn_i / d x_i over all i, 0), a bounded number of basis vectors at a time."""
-    columns = x.shape[1:].numel()
-    zero = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-    if x.numel() == 0:
-        return _checked_value(fn(x), x), zero, zero
-    value, diagonal = x, []
-    for numbers in torch.split(torch.arange(columns, device=x.device), _tangents_at_once(x)):
-        count = numbers.shape[0]
-        basis = torch.zeros(count, columns, dtype=x.dtype, device=x.device).scatter_(1, numbers[:, None], 1.0)
-        vectors = basis.reshape(count, 1, *x.shape[1:]).expand(-1, *x.shape)
-        value, products = directional_derivatives(fn, x, vectors)
-        index = numbers[:, None, None].expand(-1, x.shape[0], 1)
-        diagonal.append(products.flatten(2).gather(2, index).squeeze(2))
-    return value, row_sum(torch.cat(diagonal).T), zero
+def _identity(identity: Any, x: Tensor) -> Tensor | None:
+    number = check_number("identity", identity, x)
+    if not isinstance(number, Tensor):
+        return None if number == 0.0 else torch.full((x.shape[0],), number, dtype=torch.float64, device=x.device)
+    return number.to(torch.float64).expand(x.shape[0])
 
 
-def _tangents_at_once(x: Tensor) -> int:
-    return max(1, TANGENT_ELEMENTS // max(1, x.numel()))
+def _distinct(ids: Tensor) -> Tensor:
+    """Equal ids would get equal probes, whose errors do not average out over the samples."""
+    if ids.unique().shape[0] != ids.shape[0]:
+        raise ValueError(f"sample_ids must be distinct, got {ids.shape[0] - ids.unique().shape[0]} repeated")
+    return ids
 
 
-def _checked_value(value: Any, x: Tensor) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != x.shape:
-        raise ValueError(f"fn(x) must return a tensor of x's shape {tuple(x.shape)}, got {describe(value)}")
-    return value
+def _report(found: Estimate, how: DivergenceMethod) -> DivergenceEstimate:
+    converged = found.div.isfinite()
+    if how.has_tolerance:
+        converged = converged & found.met
+        missed = int((~found.met).sum())
+        if missed:
+            warnings.warn(
+                f"{missed} of {missed + int(found.met.sum())} samples did not meet the tolerance within "
+                f"{int(found.num_matvecs.max())} products; see .converged and .std_err",
+                stacklevel=3,
+            )
+    return DivergenceEstimate(found.value, found.div, found.std_err, found.num_matvecs, converged)

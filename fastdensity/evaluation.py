@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from fastdensity.conversions import direction_coefficients, to_epsilon
-from fastdensity.divergence import (
-    STREAM_MEASURE,
-    STREAM_STEER,
-    DivergenceMethod,
-    directional_derivatives,
-    estimate_divergence,
-)
+from fastdensity.divergence import directional_derivatives, estimate_divergence
 from fastdensity.guidance import Number, Push
+from fastdensity.reference.probe import STREAM_MEASURE, STREAM_STEER
 from fastdensity.sums import row_dot
+from fastdensity.traces.key import ProbeKey
+from fastdensity.traces.options import DivergenceMethod
 
 UNGUIDED = Push()
 
@@ -112,6 +109,10 @@ class Evaluation:
     def _predict(self, x: Tensor) -> Tensor:
         return self.problem.flow.prediction(x, self.lam)
 
+    def _log_snr(self) -> Tensor:
+        """lam for each row: as a tensor, since a graph traced for one number would not serve the next step."""
+        return torch.full((self.x.shape[0],), self.lam, dtype=torch.float64, device=self.x.device)
+
     def _coefficients(self) -> tuple[float, float]:
         return direction_coefficients(self.problem.kind, self.alpha, self.sigma, self.problem.sigma_data)
 
@@ -119,7 +120,9 @@ class Evaluation:
         flow = self.problem.flow
         if hasattr(flow, "hessian_form"):
             return flow.hessian_form(self.x, self.lam, eps)
-        product = directional_derivatives(self._predict, self.x, eps[None])[1][0]
+        where = (self._log_snr(),)
+        forward = self.problem.method.forward
+        product = directional_derivatives(flow.prediction, self.x, where, eps[None].to(self.x.dtype), forward)[1][0]
         along_x, along_p = self._coefficients()
         return -(along_x * sq_norm + along_p * row_dot(eps, product)) / self.sigma
 
@@ -130,9 +133,8 @@ class Evaluation:
             exact = problem.flow.laplacian(self.x, self.lam)
             return self._predict(self.x), exact, torch.zeros_like(exact)
         seed = problem.seed if how.seed is None else how.seed
-        prediction, div, std_err = estimate_divergence(
-            self._predict, self.x, how.method, how.num_matvecs, seed, problem.sample_ids, self.index, stream
-        )
+        key = ProbeKey(seed, problem.sample_ids, self.index, stream)
+        found = estimate_divergence(problem.flow.prediction, self.x, (self._log_snr(),), how, key)
         along_x, along_p = self._coefficients()
-        laplacian = -(along_x * problem.dimension + along_p * div) / self.sigma
-        return prediction, laplacian, abs(along_p / self.sigma) * std_err
+        laplacian = -(along_x * problem.dimension + along_p * found.div) / self.sigma
+        return found.value, laplacian, abs(along_p / self.sigma) * found.std_err

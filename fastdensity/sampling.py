@@ -14,11 +14,11 @@ from torch import Tensor
 from fastdensity import rules
 from fastdensity.boundary import check_integer, check_sample_ids, check_state, describe
 from fastdensity.conversions import check_prediction_type
-from fastdensity.divergence import DivergenceMethod
 from fastdensity.evaluation import Problem
 from fastdensity.flow import check_schedule, check_sigma_data
 from fastdensity.guidance import Guidance
 from fastdensity.solvers import SOLVERS, STOCHASTIC_SOLVERS
+from fastdensity.traces.options import DivergenceMethod
 from fastdensity.trajectory import Callback, Trajectory, log_normal_density
 
 

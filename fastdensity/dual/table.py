@@ -110,7 +110,7 @@ def _flops(node: fx.Node) -> int:
     size = math.prod(_hint(length) for length in value.shape)
     if node.target is aten.linear.default:
         return 2 * size * _hint(shape_of(node.args[1])[1])
-    if "conv" in str(node.target):
+    if str(node.target).startswith("aten.conv") and len(shape_of(node.args[1])) > 2:  # conv2d, convolution, ...
         return 2 * size * math.prod(_hint(length) for length in shape_of(node.args[1])[1:])
     if node.target is aten.scaled_dot_product_attention.default:
         *_, length, width = (_hint(item) for item in shape_of(node.args[1]))
@@ -123,3 +123,33 @@ def _flops(node: fx.Node) -> int:
 def _hint(length: Any) -> int:
     """The size at which a symbolic dimension was traced."""
     return length if isinstance(length, int) else int(length.node.hint)
+
+
+def operations(dual: Dual) -> int:
+    """Floating-point operations of the network at the traced shapes; an elementwise one counts once an element."""
+    return sum(_flops(node) + _elements(node) for node in dual.traced.graph.nodes)
+
+
+def plane_bytes(dual: Dual) -> int:
+    """The most memory that results hold at a time, of the value or of one tangent; views are counted like copies."""
+    carries = {record.node for record in dual.records if record.treatment != "plain"}
+    last_user = {used: node for node in dual.traced.graph.nodes for used in node.all_input_nodes}
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for used, user in last_user.items():
+        ends.setdefault(user, []).append(used)
+    live = peak = 0
+    for node in dual.traced.graph.nodes:
+        live += _bytes(node) if node in carries else 0
+        peak = max(peak, live)
+        live -= sum(_bytes(used) for used in ends.get(node, ()) if used in carries)
+    return peak
+
+
+def _elements(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return math.prod(_hint(length) for length in value.shape) if isinstance(value, Tensor) else 0
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return _elements(node) * value.element_size() if isinstance(value, Tensor) else 0

@@ -1,4 +1,4 @@
-"""What a trace estimator may ask of the Jacobians whose traces it estimates."""
+"""Products with the Jacobians of a block of rows: all that an estimator of the trace may ask for."""
 
 from __future__ import annotations
 
@@ -7,27 +7,106 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastdensity.ops.probe import make_probes, orthogonal_probes, probe_forms
+from fastdensity.sums import row_dot, row_sum
+from fastdensity.traces.function import Function
+from fastdensity.traces.key import ProbeKey
+
 
 class Products(Protocol):
-    """A block of `rows` samples of `columns` elements: each row has a Jacobian J of its own, and a key for its probes.
-
-    dtype, device: of the vectors. shape: of one sample, such as (C, H, W); its product is `columns`.
-    """
+    """R rows, each with a Jacobian J (n x n) of its own and probes of its own."""
 
     rows: int
     columns: int
     dtype: torch.dtype
     device: torch.device
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one sample; its product is `columns`
 
     def probes(self, first: int, count: int, distribution: str) -> Tensor:
-        """Probes first .. first + count - 1 of every row, (count, rows, columns)."""
-        ...
+        """Probes first .. first + count - 1, (count, R, n)."""
 
     def apply(self, vectors: Tensor) -> Tensor:
-        """J v of every row for vectors (K, rows, columns); the same shape."""
-        ...
+        """J v for each of (K, R, n)."""
 
     def forms(self, first: int, count: int, distribution: str) -> Tensor:
-        """z.(J z) for the same probes, (count, rows) in float64."""
-        ...
+        """z.(J z) for the same probes, (count, R) in float64."""
+
+
+class JacobianProducts:
+    """`Products` of fn at x (R, *), less `identity` times the identity; a bounded number of tangents at a time.
+
+    Attributes:
+        value: fn(x), after the first product. offset: added to the number of every probe.
+    """
+
+    def __init__(
+        self, function: Function, x: Tensor, key: ProbeKey, tangents: int, identity: Tensor | None, offset: int = 0
+    ) -> None:
+        """identity: (R,) float64, or None for 0."""
+        self.function, self.x, self.key, self.tangents, self.identity = function, x, key, tangents, identity
+        self.offset = offset
+        self.shape = tuple(x.shape[1:])
+        self.rows, self.columns = x.shape[0], x.shape[1:].numel()
+        self.dtype, self.device = x.dtype, x.device
+        self.value: Tensor | None = None
+
+    def probes(self, first: int, count: int, distribution: str) -> Tensor:
+        """See `Products`."""
+        key, begin = self.key, first + self.offset
+        if distribution == "orthogonal":
+            return orthogonal_probes(
+                key.seed, key.sample_ids, key.step, begin, count, self.columns, key.stream, self.dtype
+            )
+        return make_probes(
+            key.seed, key.sample_ids, key.step, begin, count, self.columns, distribution, key.stream, self.dtype
+        )
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """See `Products`."""
+        products = torch.cat([self._push(part) for part in torch.split(vectors, self.tangents)])
+        if self.identity is not None:
+            products = products - self.identity.to(products.dtype)[:, None] * vectors
+        return products
+
+    def forms(self, first: int, count: int, distribution: str) -> Tensor:
+        """See `Products`. Probes are made a chunk at a time, and again, in registers, to meet their products."""
+        parts = []
+        for begin in range(first, first + count, self.tangents):
+            number = min(self.tangents, first + count - begin)
+            probes = self.probes(begin, number, distribution)
+            products = self._push(probes)
+            if distribution == "orthogonal":
+                parts.append(_dots(probes, products))
+            else:
+                key = self.key
+                where = (key.seed, key.sample_ids, key.step, begin + self.offset)
+                parts.append(probe_forms(products, *where, distribution, key.stream))
+            if self.identity is not None:
+                parts[-1] = parts[-1] - self.identity * _dots(probes, probes)
+        return torch.cat(parts)
+
+    def diagonal(self, first: int, count: int) -> Tensor:
+        """J_ii for i = first .. first + count - 1, (count, R), by products with basis vectors."""
+        numbers = torch.arange(first, first + count, device=self.device)
+        basis = torch.zeros(count, self.columns, dtype=self.dtype, device=self.device)
+        basis.scatter_(1, numbers[:, None], 1.0)
+        products = self._push(basis[:, None].expand(count, self.rows, self.columns))
+        return products.gather(2, numbers[:, None, None].expand(count, self.rows, 1)).squeeze(2)
+
+    def _push(self, vectors: Tensor) -> Tensor:
+        value, products = self.function.push(self.x, vectors.reshape(-1, *self.x.shape))
+        if self.value is None:
+            self.value = value
+        return products.reshape(vectors.shape)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """a.b in float64 over the last dimension of (K, R, n)."""
+    return row_dot(a.flatten(0, 1), b.flatten(0, 1)).reshape(a.shape[:2])
+
+
+def exact_trace(products: JacobianProducts) -> Tensor:
+    """The trace (R,) in float64, by one product per element."""
+    starts = range(0, products.columns, products.tangents)
+    pieces = [products.diagonal(i, min(products.tangents, products.columns - i)) for i in starts]
+    return row_sum(torch.cat(pieces).T)

@@ -24,7 +24,9 @@ def per_row(function: Row, *tensors: Tensor) -> tuple[Tensor, ...]:
     if tensors[0].device.type != "cpu":
         return function(*(tensor.movedim(1, 0).to(torch.float64).contiguous() for tensor in tensors))
     rows = [
-        function(*(tensor[:, row].to(torch.float64, copy=True, memory_format=torch.contiguous_format) for tensor in tensors))
+        function(
+            *(tensor[:, row].to(torch.float64, copy=True, memory_format=torch.contiguous_format) for tensor in tensors)
+        )
         for row in range(tensors[0].shape[1])
     ]
     return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))

@@ -1,0 +1,134 @@
+"""Which rows are computed together, and how many tangents at once.
+
+On a CPU a matrix product may round a row differently in a batch of another size. So the network is always called with
+the same number of rows, missing ones filled up with copies: then a row's bits cannot depend on its batch. That number
+is set by the network and the shape of a sample alone, such that filling up costs about a millisecond at most: one
+row for large networks. On other devices the rows stay together, as memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from fastdensity.traces.function import Function, checked_value
+
+MOST_ROWS = 64
+BLOCK_OPERATIONS = 1 << 24  # of a network call on one block, value only
+MEMORY = {"cpu": 1 << 28}  # bytes of a call's intermediate results
+DEVICE_MEMORY = 1 << 31
+UNKNOWN_LAYERS = 16  # of a function that is not traced: it holds so many tensors of its input's size
+_apart: WeakSet[Any] = WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """rows: of every call of the function. tangents: at most, in a call. together: may rows be cut at all?"""
+
+    rows: int
+    tangents: int
+    together: bool
+
+
+def plan(function: Function, x: Tensor, memory: int | None) -> Plan:
+    """How fn is called on a batch like x; checks, once per function, that its rows are independent.
+
+    Raises:
+        ValueError: a row of fn's result depends on another row.
+    """
+    batch = x.shape[0]
+    budget = MEMORY.get(x.device.type, DEVICE_MEMORY) if memory is None else memory
+    dual = _one_row(function, x)
+    if dual is None:
+        row_bytes = x[0].numel() * x.element_size() * UNKNOWN_LAYERS
+        result = Plan(batch, _tangents(budget, batch * row_bytes), True)
+        _check_rows_apart(function, x, result)
+        return result
+    from fastdensity.dual.table import operations, plane_bytes
+
+    row_bytes = max(1, plane_bytes(dual))
+    if x.device.type == "cpu":
+        affordable = BLOCK_OPERATIONS // max(1, operations(dual))
+        rows = min(MOST_ROWS, 1 << max(0, affordable.bit_length() - 1))
+    else:
+        rows = min(batch, max(1, budget // (2 * row_bytes)))
+    result = Plan(rows, _tangents(budget, rows * row_bytes), False)
+    if dual not in _apart:
+        _check_rows_apart(function, x, result)
+        _apart.add(dual)
+    return result
+
+
+def _tangents(budget: int, bytes_each: int) -> int:
+    return max(1, budget // max(1, bytes_each) - 1)
+
+
+def _one_row(function: Function, x: Tensor) -> Any:
+    """The dual of fn on one row; None where only the whole batch can be computed at once."""
+    if function.forward != "dual":
+        return None
+    from fastdensity.dual.cache import Dual, find
+    from fastdensity.dual.capture import capture
+
+    batch = x.shape[0]
+    if any(tensor.dim() and tensor.shape[0] == batch for tensor in capture(function.fn).tensors):
+        return None  # what it closes over may belong to the rows, and cannot be cut with them
+    one = function.rows(torch.zeros(1, dtype=torch.int64, device=x.device), batch)
+    try:
+        dual = find(one.fn, (x[:1], *one.args))[0]
+    except Exception:  # fn takes no single row, say: if the fault is another, the whole batch has it, too
+        return None
+    return dual if isinstance(dual, Dual) else None
+
+
+def blocks(rows: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
+    """(index, how many of it count): `rows` in blocks of `size`, the last filled up with copies of its first."""
+    for part in torch.split(rows, size):
+        count = part.shape[0]
+        yield torch.cat([part, part[:1].expand(size - count)]) if count < size else part, count
+
+
+def _check_rows_apart(function: Function, x: Tensor, how: Plan) -> None:
+    """Two calls that differ in all rows but the first must agree in the first, bit for bit.
+
+    Random numbers that fn draws are the same in both.
+    """
+    batch = x.shape[0]
+    index = torch.arange(batch) if how.together else torch.zeros(2, dtype=torch.int64)
+    if index.shape[0] < 2:
+        return
+    index = index.to(x.device)
+    pair = function.rows(index, batch)
+    rows = x.detach()[index]
+    changed = torch.cat([rows[:1], 0.5 * torch.flip(rows[1:], (-1,)) + 0.25])
+    results = []
+    for state in (rows, changed):
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), _buffers_kept(function):
+            torch.manual_seed(0)
+            results.append(checked_value(pair.fn(state, *pair.args), state)[0].nan_to_num())
+    if not torch.equal(*results):
+        raise ValueError(
+            "fn couples the rows of a batch: its result for one row changes with another row, so that no row has a "
+            "divergence of its own. Batch normalisation in training mode does this: call model.eval()"
+        )
+
+
+@contextmanager
+def _buffers_kept(function: Function) -> Iterator[None]:
+    """Puts back what a call writes into buffers: running statistics are not to learn from made-up rows."""
+    from fastdensity.dual.capture import capture
+
+    buffers = [buffer for module in capture(function.fn).modules for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    with torch.no_grad():
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

@@ -1,0 +1,177 @@
+"""One estimate for a whole batch: rows in blocks, methods by name, tolerances row by row."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastdensity.traces.blocks import Plan, blocks, plan
+from fastdensity.traces.colour import colour
+from fastdensity.traces.function import Function
+from fastdensity.traces.hutchinson import hutchinson
+from fastdensity.traces.hutchpp import hutchpp
+from fastdensity.traces.key import ProbeKey
+from fastdensity.traces.options import DivergenceMethod
+from fastdensity.traces.products import JacobianProducts, exact_trace
+from fastdensity.traces.result import Trace
+from fastdensity.traces.xtrace import xtrace
+
+LEAST_OF_A_TOLERANCE = 8  # products, or two sweeps of colours: below, a standard error means little
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The divergence of `function` at x (B, *); of `identity` (B,) times the identity in it, the trace is known."""
+
+    function: Function
+    x: Tensor
+    key: ProbeKey
+    identity: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """value (B, *); div, std_err (B,) float64; num_matvecs (B,) int64; met (B,) bool, the tolerance."""
+
+    value: Tensor
+    div: Tensor
+    std_err: Tensor
+    num_matvecs: Tensor
+    met: Tensor
+
+
+def estimate(task: Task, how: DivergenceMethod) -> Estimate:
+    """The divergence of each row; see `fastdensity.divergence`."""
+    x = task.x
+    columns = x.shape[1:].numel()
+    if x.numel() == 0:
+        zero = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+        return Estimate(task.function.fn(x, *task.function.args), zero, zero, zero.long(), zero == 0)
+    cut = plan(task.function, x, how.memory)
+    method = how.method
+    if method != "exact" and how.num_matvecs > columns:
+        method = _say_exact(how.num_matvecs, columns)
+    if method != "exact" and how.has_tolerance:
+        found = _until_tolerance(task, how, cut, columns)
+    else:
+        value, (div, std_err), products = _all_rows(task, how, cut, method, how.num_matvecs, 0)
+        found = Estimate(value, div, std_err, torch.full_like(div, products, dtype=torch.int64), div.isfinite())
+    if how.distribution == "normal" and method == "hutchinson" and task.identity is None:
+        _warn_of_identity(found, columns)
+    return found
+
+
+def _all_rows(
+    task: Task, how: DivergenceMethod, cut: Plan, method: str, count: int, offset: int, rows: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
+    """fn's values, (div, std_err) and the number of products, of all or the given rows."""
+    batch = task.x.shape[0]
+    if rows is None:
+        rows = torch.arange(batch, device=task.x.device)
+    values, divs, errors, products = [], [], [], 0
+    for index, valid in blocks(rows, rows.shape[0] if cut.together else cut.rows):
+        block = JacobianProducts(
+            task.function.rows(index, batch),
+            task.x[index],
+            task.key.rows(index),
+            cut.tangents,
+            None if task.identity is None else task.identity[index],
+            offset,
+        )
+        trace = _trace(block, how, method, count)
+        assert block.value is not None
+        values.append(block.value[:valid])
+        divs.append(trace.div[:valid])
+        errors.append(trace.std_err[:valid])
+        products = trace.products
+    return torch.cat(values), (torch.cat(divs), torch.cat(errors)), products
+
+
+def _trace(products: JacobianProducts, how: DivergenceMethod, method: str, count: int) -> Trace:
+    """One method on one block, the identity's part added."""
+    if method == "exact":
+        div = exact_trace(products)
+        return Trace(div, torch.zeros_like(div), products.columns)
+    if method == "hutchinson":
+        trace = hutchinson(products, count, how.distribution)
+    elif method == "hutchpp":
+        trace = hutchpp(products, count, how.distribution)
+    elif method == "xtrace":
+        trace = xtrace(products, count, how.resphere)
+    else:
+        trace = colour(products, count, how.num_colours)
+    if products.identity is None:
+        return trace
+    return Trace(trace.div + products.identity * products.columns, trace.std_err, trace.products)
+
+
+# -- tolerances -------------------------------------------------------------------------------------------------------
+def _until_tolerance(task: Task, how: DivergenceMethod, cut: Plan, columns: int) -> Estimate:
+    """Rounds of fresh probes, each as large as all before; rows that are done take no part in the next."""
+    if cut.together:
+        raise ValueError(
+            "abstol and reltol need a fn whose batch can be cut: it closes over a tensor with the batch's first "
+            "dimension, or forward is 'torch'; pass such tensors as arguments of divergence"
+        )
+    cap = columns if how.max_matvecs is None else min(how.max_matvecs, columns)
+    if how.method == "colour" and how.num_colours is None:  # the same colours in all rounds
+        how = replace(how, num_colours=max(LEAST_OF_A_TOLERANCE, how.num_matvecs) // 2)
+    size, used = min(_first_round(how), cap), 0
+    rows = torch.arange(task.x.shape[0], device=task.x.device)
+    value, (div, std_err), took = _all_rows(task, how, cut, _method(how, size, columns), size, 0)
+    products = torch.full_like(div, took, dtype=torch.int64)
+    weight = took
+    while True:
+        used += size
+        target = torch.maximum(div.abs() * (how.reltol or 0.0), torch.full_like(div, how.abstol or 0.0))
+        met = std_err <= target
+        rows = (~met & div.isfinite()).nonzero()[:, 0]
+        size = min(used, cap - used)
+        if rows.numel() == 0 or size <= 0:
+            return Estimate(value, div, std_err, products, met)
+        method = _method(how, used + size, columns)
+        if method == "exact":
+            size = cap - used
+        _, (more, error), took = _all_rows(task, how, cut, method, size, used, rows)
+        products[rows] += took
+        if method == "exact":
+            div[rows], std_err[rows] = more, error
+        else:
+            share = took / (weight + took)
+            div[rows] = (1.0 - share) * div[rows] + share * more
+            std_err[rows] = torch.hypot((1.0 - share) * std_err[rows], share * error)
+            weight += took
+
+
+def _first_round(how: DivergenceMethod) -> int:
+    return max(how.num_matvecs, 2 * (how.num_colours or 0), LEAST_OF_A_TOLERANCE)
+
+
+def _method(how: DivergenceMethod, total: int, columns: int) -> str:
+    """The method, or exact where that costs no more than the probes."""
+    return "exact" if total >= columns else how.method
+
+
+def _say_exact(num_matvecs: int, columns: int) -> str:
+    warnings.warn(
+        f"num_matvecs={num_matvecs} is above the {columns} elements of a sample: the divergence is computed exactly",
+        stacklevel=4,
+    )
+    return "exact"
+
+
+def _warn_of_identity(found: Estimate, columns: int) -> None:
+    """Normal probes estimate an identity part a with variance 2 n a^2 / k: say so where that is most of the error."""
+    part = found.div / columns
+    variance = 2.0 * columns * part**2 / found.num_matvecs
+    # one probe shows no error to compare with: then any identity part is named
+    if bool((variance.median() > 0.5 * found.std_err.square().nan_to_num(0.0).median()).item()):
+        warnings.warn(
+            f"distribution='normal' on a fn with an identity part of about {float(part.median()):.3g}: the probes "
+            "estimate it with variance 2 n a^2 / k. Rademacher, sphere and orthogonal probes know it exactly; take one "
+            "of these, or give identity=a",
+            stacklevel=4,
+        )
