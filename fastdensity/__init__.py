@@ -13,6 +13,7 @@ from fastdensity.mixture import GaussianMixture
 from fastdensity.ops.rows import guide_prediction, guided_drift, guided_step
 from fastdensity.ops.rows_prior import scale_prior
 from fastdensity.ops.rows_result import StepResult
+from fastdensity.probes import probes
 from fastdensity.sampling import LogProbResult, SampleResult, log_prob, sample
 from fastdensity.schedules import EDM, VE, VP, RectifiedFlow, Schedule, karras_sigmas, lam_from_alpha_sigma
 
@@ -43,6 +44,7 @@ __all__ = [
     "karras_sigmas",
     "lam_from_alpha_sigma",
     "log_prob",
+    "probes",
     "sample",
     "scale_prior",
     "to_epsilon",

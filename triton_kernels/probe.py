@@ -48,11 +48,12 @@ class _Work:
             rows = torch.empty(self.pairs, dtype=torch.int64, device=self.device)
             arguments = (rows, ids, seed, step, stream, first, self.pairs, samples)
             grid = -(-self.pairs // PAIRS)
-            probe_kernels.choose_rows[grid,](*arguments, ORDER=order, PAIRS=PAIRS)
+            probe_kernels.choose_rows[grid,](*arguments, ORDER=order, PAIRS=PAIRS, num_warps=4, enable_fp_fusion=True)
         self.arguments = (rows, ids, seed, step, stream, first, samples, columns // group, self.chunks, order)
         self.constants: dict[str, Any] = {
             "DISTRIBUTION": self.distribution, "DTYPE": tl.float64 if memory.dtype == torch.float64 else tl.float32,
             "VECTOR": group, "TILE": size, "TILES": self.tiles, "num_warps": max(size // ELEMENTS_PER_WARP, 1),
+            "enable_fp_fusion": True,
         }  # fmt: skip
 
     def sums(self, products: Tensor | None) -> Tensor:
@@ -68,7 +69,8 @@ class _Work:
         probe_kernels.write_probes[grid,](out, sums, *self.arguments, **self.constants, CHUNKS=chunks)
 
     def finish(self, out: Tensor, sums: Tensor) -> None:
-        constants = {"DISTRIBUTION": self.distribution, "CHUNKS": triton.next_power_of_2(self.chunks), "num_warps": 1}
+        chunks = triton.next_power_of_2(self.chunks)
+        constants = {"DISTRIBUTION": self.distribution, "CHUNKS": chunks, "num_warps": 1, "enable_fp_fusion": True}
         probe_kernels.finish_forms[self.pairs,](out, sums, self.columns, self.chunks, **constants)
 
 

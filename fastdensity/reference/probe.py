@@ -12,7 +12,8 @@ number, step, sample id), 32 bits each, `number` being stream + probe:
   rademacher with the number stream + 0xFFFFFF - s, and a permutation of the rows of its own (`hadamard_rows`), so that
   a whole set gives every trace exactly (sum of z z^T = N I), and each of its probes is a Rademacher vector.
 
-Streams are 2^24 numbers wide, and a third of what separates two: the permutations' numbers are stream + 2^24 + set.
+The probes of a stream have the numbers stream .. stream + 2^24 - 1, its permutations stream + 2^24 + set; streams lie
+3 * 2^24 apart.
 """
 
 from __future__ import annotations

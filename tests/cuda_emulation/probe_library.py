@@ -6,10 +6,10 @@ import ctypes
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from cuda_emulation import library as emulation
 from cuda_emulation.library import DTYPES, GUARD
+from torch import Tensor
+
 from fastdensity.reference.philox import MASK
 from fastdensity.reference.probe import DISTRIBUTIONS, resolve
 
