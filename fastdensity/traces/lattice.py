@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = NDArray[np.int64]
-SEARCHED = {1: 1 << 62, 2: 256, 3: 32}  # the largest index of dimension d whose sublattices are all looked at
+SEARCHED = {1: 1 << 62, 2: 128, 3: 64}  # the largest index of dimension d whose sublattices are all looked at
 BEYOND = 4  # shells are compared up to this multiple of the smallest squared distance
 TRIES = 32  # best lattices in turn, when those before leave colours unused
 
@@ -143,11 +143,11 @@ def _forms(dims: int, index: int) -> Integers:
         if math.prod(diagonal) != index:
             continue
         above = [(row, column) for column in range(dims) for row in range(column)]
-        offsets = np.indices([diagonal[column] for _, column in above]).reshape(len(above), -1)
-        form = np.zeros((offsets.shape[1] if above else 1, dims, dims), dtype=np.int64)
+        offsets = [diagonal[column] for _, column in above]
+        form = np.zeros((math.prod(offsets), dims, dims), dtype=np.int64)
         form[:, range(dims), range(dims)] = diagonal
-        for (row, column), offset in zip(above, offsets, strict=True):
-            form[:, row, column] = offset
+        for (row, column), offset in zip(above, np.indices(offsets), strict=True):
+            form[:, row, column] = offset.ravel()
         forms.append(form)
     return np.concatenate(forms)
 
