@@ -87,7 +87,9 @@ def measure(products: MatrixProducts, estimator: Callable[[Products], Trace]) ->
     }
 
 
-def run(columns: int = COLUMNS, trials: int = TRIALS, methods: tuple[str, ...] = tuple(METHODS)) -> list[dict[str, Any]]:
+def run(
+    columns: int = COLUMNS, trials: int = TRIALS, methods: tuple[str, ...] = tuple(METHODS)
+) -> list[dict[str, Any]]:
     """One record for each spectrum and method."""
     vectors = eigenvectors(columns)
     records = []

@@ -1,4 +1,4 @@
-"""Hutch++: the trace on the range of a sketch exactly, on its complement by probes (Meyer, Musco, Musco, Woodruff 2021).
+"""Hutch++: the trace on the range of a sketch exactly, on the rest by probes (Meyer, Musco, Musco, Woodruff 2021).
 
 tr J = tr(Q' J Q) + tr((I - QQ') J (I - QQ')) holds for every orthonormal Q and every J, symmetric or not.
 

@@ -34,7 +34,7 @@ def colours(shape: tuple[int, ...], count: int) -> Tensor:
         return torch.arange(points).reshape(shape)
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])  # the longest last: see _covers
     labels = _labels(_sizes(shape), count).reshape([shape[axis] for axis in order])
-    return torch.from_numpy(np.ascontiguousarray(labels.transpose(np.argsort(order))))
+    return torch.from_numpy(labels.transpose(np.argsort(order)).copy())
 
 
 @lru_cache(maxsize=256)
@@ -92,7 +92,7 @@ def _outside(sizes: tuple[int, ...], index: int, places: Integers) -> Integers:
 
 @lru_cache(maxsize=1024)
 def _best(sizes: tuple[int, ...], index: int) -> tuple[Integers, float]:
-    """The sublattice (d, d) of that index with the fewest short vectors, shortest first, and its smallest squared one."""
+    """The sublattice (d, d) of that index with the fewest short vectors, and the squared length of its shortest."""
     forms = _forms(len(sizes), index)
     for _ in range(TRIES):
         if not len(forms):
@@ -107,7 +107,7 @@ def _best(sizes: tuple[int, ...], index: int) -> tuple[Integers, float]:
 
 
 def _sparsest(forms: Integers, sizes: tuple[int, ...]) -> tuple[Integers, float]:
-    """Which of `forms` (L, d, d) have the fewest short vectors, compared shell by shell, and the smallest squared length."""
+    """Which of `forms` (L, d, d) have the fewest short vectors, shell by shell, and the shortest's squared length."""
     reach = 2 * math.ceil(float(forms[0].diagonal().prod()) ** (1 / len(sizes))) + 1
     while True:
         alive, nearest = np.arange(len(forms)), math.inf
