@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdensity.reference.philox import normals
 
 STREAM = 0x50000000
+STREAM_MATRICES = 0x60000000
 
 
 class MatrixProducts:
@@ -76,6 +77,23 @@ class MatrixProducts:
 
 
 def _haar(drawn: Tensor) -> Tensor:
-    """Rows of Haar-orthogonal matrices: normals (R, k, n), orthonormalised, with the sign that makes R's diagonal positive."""
+    """Rows of Haar-orthogonal matrices from normals (R, k, n): the factorisation whose diagonal is positive."""
     basis, triangle = torch.linalg.qr(drawn.mT)
     return (basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None]).mT
+
+
+def matrices(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Non-symmetric, of full rank, with a falling spectrum and a part that is a multiple of the identity."""
+    falling = 1 / torch.arange(1, columns + 1, dtype=torch.float64)
+    drawn = normals(seed, torch.arange(rows), 0, columns * columns, STREAM_MATRICES).reshape(rows, columns, columns)
+    return drawn * falling + torch.eye(columns, dtype=torch.float64)
+
+
+def symmetric_part(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+def variance_of_signs(matrix: Tensor) -> Tensor:
+    """Of z'Jz for signs z: 2 (||S||_F^2 - sum S_ii^2)."""
+    symmetric = symmetric_part(matrix)
+    return 2 * (symmetric.square().sum() - symmetric.diagonal().square().sum())

@@ -9,7 +9,6 @@ unbiased for any partition, and as accurate as J is local.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,12 +52,11 @@ def colour(
     return Trace(div, std_err, used * len(sweeps), used)
 
 
-@lru_cache(maxsize=64)
 def sample_colours(shape: tuple[int, ...], num_colours: int) -> Tensor:
     """The colour of every element of a flat sample, int64 (n,); numbers 0 .. usable_colours(shape, num_colours) - 1.
 
     A sample is (n,), n places on a line, or (C, L), (C, H, W), (C, T, H, W): channels first. Further dimensions count
-    as channels. Each channel has colours of its own, a lattice's; with fewer colours than channels, channels share them.
+    as channels. Each channel has colours of its own, a lattice's; where there are too few, channels share them.
     """
     channels, grid, each = _layout(shape, num_colours)
     numbers = torch.arange(channels)[:, None]

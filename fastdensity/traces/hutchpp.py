@@ -1,6 +1,9 @@
-"""Hutch++: the trace on the range of a sketch exactly, on its complement by probes (Meyer, Musco, Musco, Woodruff 2021).
+"""Hutch++: the trace on the range of a sketch exactly, on the rest by probes (Meyer, Musco, Musco, Woodruff 2021).
 
 tr J = tr(Q' J Q) + tr((I - QQ') J (I - QQ')) holds for every orthonormal Q and every J, symmetric or not.
+
+A multiple of the identity in J costs signs nothing, but the signs that are left on the complement no longer have one
+length. So the squared length of each residual, whose mean is known, serves as a control variate.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastdensity.sums import row_dot
+from fastdensity.sums import pairwise_sum, row_dot
 from fastdensity.traces.products import Products
 from fastdensity.traces.result import Trace, mean_and_error
 from fastdensity.traces.subspace import finite_rows, orthonormalise, per_row, range_basis
@@ -40,7 +43,8 @@ def hutchpp(products: Products, num_matvecs: int, distribution: str = "rademache
     residuals = per_row(_residuals, basis, probes)[0].movedim(0, 1).to(products.dtype).contiguous()
     outside = products.apply(residuals)
     forms = torch.stack([row_dot(left, right) for left, right in zip(residuals, outside, strict=True)])
-    mean, std_err = mean_and_error(forms)
+    lengths = torch.stack([row_dot(residual, residual) for residual in residuals])
+    mean, std_err = mean_and_error(_levelled(forms, lengths, products.columns - columns, on_range / columns))
     finite = finite_rows(sketch) & finite_rows(images)
     div = torch.where(finite, on_range + mean, math.nan)
     return Trace(div, torch.where(finite, std_err, math.nan), num_matvecs)
@@ -54,3 +58,15 @@ def _trace_on(basis: Tensor, images: Tensor) -> tuple[Tensor]:
 def _residuals(basis: Tensor, probes: Tensor) -> tuple[Tensor]:
     basis = orthonormalise(basis, basis)[0]
     return (probes - (probes @ basis.mT) @ basis,)
+
+
+def _levelled(forms: Tensor, lengths: Tensor, expected: int, level: Tensor) -> Tensor:
+    """Forms (k, R) less what their residuals' squared lengths (k, R) explain, without bias: exact for J = a I.
+
+    Each is corrected with the ratio of forms to lengths of all others, which is independent of it. A single one has no
+    others, and takes `level` (R,), the mean over the range, which is independent of it too.
+    """
+    if forms.shape[0] > 1:
+        rest = pairwise_sum(lengths, 0) - lengths
+        level = torch.where(rest > 0, (pairwise_sum(forms, 0) - forms) / rest, 0)
+    return forms + level * (expected - lengths)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = NDArray[np.int64]
-SEARCHED = {1: 1 << 62, 2: 256, 3: 32}  # the largest index of dimension d whose sublattices are all looked at
+SEARCHED = {1: 1 << 62, 2: 128, 3: 64}  # the largest index of dimension d whose sublattices are all looked at
 BEYOND = 4  # shells are compared up to this multiple of the smallest squared distance
 TRIES = 32  # best lattices in turn, when those before leave colours unused
 
@@ -34,7 +34,7 @@ def colours(shape: tuple[int, ...], count: int) -> Tensor:
         return torch.arange(points).reshape(shape)
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])  # the longest last: see _covers
     labels = _labels(_sizes(shape), count).reshape([shape[axis] for axis in order])
-    return torch.from_numpy(np.ascontiguousarray(labels.transpose(np.argsort(order))))
+    return torch.from_numpy(labels.transpose(np.argsort(order)).copy())
 
 
 @lru_cache(maxsize=256)
@@ -92,7 +92,7 @@ def _outside(sizes: tuple[int, ...], index: int, places: Integers) -> Integers:
 
 @lru_cache(maxsize=1024)
 def _best(sizes: tuple[int, ...], index: int) -> tuple[Integers, float]:
-    """The sublattice (d, d) of that index with the fewest short vectors, shortest first, and its smallest squared one."""
+    """The sublattice (d, d) of that index with the fewest short vectors, and the squared length of its shortest."""
     forms = _forms(len(sizes), index)
     for _ in range(TRIES):
         if not len(forms):
@@ -107,7 +107,7 @@ def _best(sizes: tuple[int, ...], index: int) -> tuple[Integers, float]:
 
 
 def _sparsest(forms: Integers, sizes: tuple[int, ...]) -> tuple[Integers, float]:
-    """Which of `forms` (L, d, d) have the fewest short vectors, compared shell by shell, and the smallest squared length."""
+    """Which of `forms` (L, d, d) have the fewest short vectors, shell by shell, and the shortest's squared length."""
     reach = 2 * math.ceil(float(forms[0].diagonal().prod()) ** (1 / len(sizes))) + 1
     while True:
         alive, nearest = np.arange(len(forms)), math.inf
@@ -143,11 +143,11 @@ def _forms(dims: int, index: int) -> Integers:
         if math.prod(diagonal) != index:
             continue
         above = [(row, column) for column in range(dims) for row in range(column)]
-        offsets = np.indices([diagonal[column] for _, column in above]).reshape(len(above), -1)
-        form = np.zeros((offsets.shape[1] if above else 1, dims, dims), dtype=np.int64)
+        offsets = [diagonal[column] for _, column in above]
+        form = np.zeros((math.prod(offsets), dims, dims), dtype=np.int64)
         form[:, range(dims), range(dims)] = diagonal
-        for (row, column), offset in zip(above, offsets, strict=True):
-            form[:, row, column] = offset
+        for (row, column), offset in zip(above, np.indices(offsets), strict=True):
+            form[:, row, column] = offset.ravel()
         forms.append(form)
     return np.concatenate(forms)
 

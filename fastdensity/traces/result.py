@@ -25,9 +25,13 @@ class Trace:
 
 
 def mean_and_error(forms: Tensor) -> tuple[Tensor, Tensor]:
-    """(k, R) estimates -> their mean (R,) and its standard error, with k - 1; NaN at k = 1, where it is undefined."""
+    """(k, R) estimates -> their mean (R,) and its standard error, with k - 1; NaN at k = 1, where it is undefined.
+
+    A row with an estimate that is not finite is NaN.
+    """
     count = forms.shape[0]
     mean = pairwise_sum(forms, 0) / count
+    mean = torch.where(torch.isfinite(mean), mean, math.nan)
     if count == 1:
         return mean, torch.full_like(mean, math.nan)
     variance = pairwise_sum((forms - mean) ** 2, 0) / (count - 1)

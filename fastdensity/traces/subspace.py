@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+ROW_BY_ROW = ("cpu",)  # devices; see per_row
 Row = Callable[..., tuple[Tensor, ...]]
 
 
@@ -21,15 +22,15 @@ def per_row(function: Row, *tensors: Tensor) -> tuple[Tensor, ...]:
     and the alignment of what they get, and a row's bits must not depend on its batch-mates. Elsewhere a call for each
     row costs too much, and `function` gets (R, m, n) at once.
     """
-    if tensors[0].device.type != "cpu":
+    count = tensors[0].shape[1]
+    if count == 0 or tensors[0].device.type not in ROW_BY_ROW:
         return function(*(tensor.movedim(1, 0).to(torch.float64).contiguous() for tensor in tensors))
-    rows = [
-        function(
-            *(tensor[:, row].to(torch.float64, copy=True, memory_format=torch.contiguous_format) for tensor in tensors)
-        )
-        for row in range(tensors[0].shape[1])
-    ]
+    rows = [function(*(_dense_row(tensor, row) for tensor in tensors)) for row in range(count)]
     return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+
+
+def _dense_row(tensor: Tensor, row: int) -> Tensor:
+    return tensor[:, row].to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
 def finite_rows(products: Tensor) -> Tensor:

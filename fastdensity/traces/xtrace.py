@@ -1,5 +1,5 @@
-"""XTrace: every test vector is a sketch for all others (Epperly, Tropp, Webber, "XTrace: making the most of every sample
-in stochastic trace estimation", SIAM J. Matrix Anal. Appl. 2024).
+"""XTrace: every test vector is a sketch for all others (Epperly, Tropp, Webber, "XTrace: making the most of every
+sample in stochastic trace estimation", SIAM J. Matrix Anal. Appl. 2024).
 
 With W the m test vectors, Y = J W = Q R and Z = J Q, estimate i is Hutch++ with one probe w_i and the basis of all
 products but the i-th. That basis is Q without the unit vector Q s_i, where s_i is orthogonal to all columns of R but
@@ -49,8 +49,8 @@ def xtrace(products: Products, num_matvecs: int, resphere: bool = True, distribu
 def _left_out(triangle: Tensor) -> Tensor:
     """Unit vectors s_i, the columns of (..., m, m), orthogonal to all columns of `triangle` but the i-th.
 
-    Where the products are linearly dependent, the diagonal is raised to rounding error: any direction may then leave the
-    basis that keeps the products in it, and that is what the inverse of nearly singular matrices gives.
+    Where the products are linearly dependent, the diagonal is raised to rounding error. Any direction may then leave
+    the basis that keeps the products in it, and that is what the inverse of nearly singular matrices gives.
     """
     count = triangle.shape[-1]
     largest = triangle.abs().amax((-2, -1), keepdim=True)
