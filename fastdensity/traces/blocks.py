@@ -2,7 +2,7 @@
 
 On a CPU a matrix product may round a row differently in a batch of another size. So the network is always called with
 the same number of rows, missing ones filled up with copies: then a row's bits cannot depend on its batch. That number
-is set by the network and the shape of a sample alone, such that filling up costs about a millisecond at most: one
+is set by the network and the shape of a sample alone, such that filling up costs some milliseconds at most: one
 row for large networks. On other devices the rows stay together, as memory allows.
 """
 
@@ -12,19 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
 from fastdensity.traces.function import Function, checked_value
 
-MOST_ROWS = 64
-BLOCK_OPERATIONS = 1 << 24  # of a network call on one block, value only
+MOST_ROWS = 256
+BLOCK_OPERATIONS = 1 << 28  # of a network call on one block, value only: a few milliseconds
 MEMORY = {"cpu": 1 << 28}  # bytes of a call's intermediate results
 DEVICE_MEMORY = 1 << 31
 UNKNOWN_LAYERS = 16  # of a function that is not traced: it holds so many tensors of its input's size
 _apart: WeakSet[Any] = WeakSet()
+_known_costs: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,9 @@ def plan(function: Function, x: Tensor, memory: int | None) -> Plan:
         result = Plan(batch, _tangents(budget, batch * row_bytes), True)
         _check_rows_apart(function, x, result)
         return result
-    from fastdensity.dual.table import operations, plane_bytes
-
-    row_bytes = max(1, plane_bytes(dual))
+    cost, row_bytes = _costs(dual)
     if x.device.type == "cpu":
-        affordable = BLOCK_OPERATIONS // max(1, operations(dual))
+        affordable = BLOCK_OPERATIONS // cost
         rows = min(MOST_ROWS, 1 << max(0, affordable.bit_length() - 1))
     else:
         rows = min(batch, max(1, budget // (2 * row_bytes)))
@@ -63,6 +62,15 @@ def plan(function: Function, x: Tensor, memory: int | None) -> Plan:
         _check_rows_apart(function, x, result)
         _apart.add(dual)
     return result
+
+
+def _costs(dual: Any) -> tuple[int, int]:
+    """Operations of one row, and bytes that its results, or those of one of its tangents, hold at most."""
+    from fastdensity.dual.table import operations, plane_bytes
+
+    if dual not in _known_costs:
+        _known_costs[dual] = max(1, operations(dual)), max(1, plane_bytes(dual))
+    return _known_costs[dual]
 
 
 def _tangents(budget: int, bytes_each: int) -> int:
