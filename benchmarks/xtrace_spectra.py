@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.matrix_products import MatrixProducts
 from benchmarks.run import RESULTS, environment
 from fastdensity.traces import Trace, hutchpp, xtrace
 from fastdensity.traces.products import Products
-from tests.matrix_products import MatrixProducts
 
 COLUMNS, NUM_MATVECS, TRIALS = 1000, 120, 200
 # mean |error| / trace that the project asks for, and what the paper's figures show
