@@ -11,7 +11,6 @@ namespace fastdensity {
 
 constexpr std::uint32_t kHadamardSigns = 0xFFFFFFu;
 constexpr std::uint32_t kHadamardRows = 0x01000000u;
-constexpr int kFeistelRounds = 8;
 constexpr std::int64_t kSignsPerCounter = 128;
 
 inline bool is_normal(const ProbeCall& call) {
@@ -41,7 +40,8 @@ FASTDENSITY_HOST_DEVICE std::int64_t hadamard_row(const ProbeCall& call, std::in
   const std::int64_t index = probe & ((std::int64_t{1} << order) - 1);
   std::uint32_t low = static_cast<std::uint32_t>(index) & low_mask;
   std::uint32_t high = static_cast<std::uint32_t>(index >> low_bits);
-  for (std::uint32_t round = 0; round < kFeistelRounds; round += 2) {
+  const std::uint32_t rounds = order < 8 ? 24 : 8;  // small halves mix slowly
+  for (std::uint32_t round = 0; round < rounds; round += 2) {
     std::uint32_t word[4] = {round << 24 | low, number, call.step, sample_id};
     philox(word, call.seed);
     high ^= word[0] & high_mask;

@@ -183,7 +183,7 @@ def test_a_full_hadamard_set_gives_the_trace(n):
         assert torch.equal(second, order * torch.eye(n, dtype=torch.float64).expand(2, n, n))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 100, 1000])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 100, 200])
 def test_hadamard_rows_are_permutations(n):
     order = 1 << reference.hadamard_order(n)
     ids = torch.arange(3)
@@ -192,7 +192,7 @@ def test_hadamard_rows_are_permutations(n):
         assert torch.equal(rows.sort(0).values, torch.arange(order)[:, None].expand(-1, 3))
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
 def test_all_orders_of_hadamard_rows_are_equally_likely(n):
     """chi^2 of the rows of the first two probes: 5 standard deviations above its mean at most."""
     ids = torch.arange(20_000)
@@ -203,6 +203,8 @@ def test_all_orders_of_hadamard_rows_are_equally_likely(n):
     chi = ((counts - expected) ** 2 / expected).sum() - n * expected
     freedom = n * (n - 1) - 1
     assert float(chi) < freedom + 5 * math.sqrt(2 * freedom)
+    single = torch.bincount(second, minlength=n).double()
+    assert float(((single - len(ids) / n) ** 2).sum() / (len(ids) / n)) < n - 1 + 5 * math.sqrt(2 * (n - 1))
 
 
 def test_half_a_hadamard_set_beats_signs():
@@ -365,7 +367,7 @@ def test_derivatives(distribution):
 def test_operators_pass_opcheck(distribution):
     operators = torch.ops.fastdensity
     torch.library.opcheck(operators.make_probes.default, (3, IDS, 1, 0, 2, 9, distribution, STREAM, torch.float32))
-    for products in (random_products(2, 5, 9), random_products(2, 5, 9).requires_grad_()):
+    for products in (random_products(2, 5, 9), random_products(2, 5, 9).requires_grad_(distribution == "sphere")):
         torch.library.opcheck(operators.probe_forms.default, (products, 3, IDS, 1, 0, distribution, STREAM))
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdensity.reference.probe import hadamard_order, resolve
+from fastdensity.reference.probe import feistel_rounds, hadamard_order, resolve
 from fastdensity.triton_kernels import probe_kernels
 
 TILE = 4096  # elements that a program holds at a time
@@ -48,7 +48,8 @@ class _Work:
             rows = torch.empty(self.pairs, dtype=torch.int64, device=self.device)
             arguments = (rows, ids, seed, step, stream, first, self.pairs, samples)
             grid = -(-self.pairs // PAIRS)
-            probe_kernels.choose_rows[grid,](*arguments, ORDER=order, PAIRS=PAIRS, num_warps=4, enable_fp_fusion=True)
+            constants = {"ORDER": order, "ROUNDS": feistel_rounds(order), "PAIRS": PAIRS, "num_warps": 4}
+            probe_kernels.choose_rows[grid,](*arguments, **constants, enable_fp_fusion=True)
         self.arguments = (rows, ids, seed, step, stream, first, samples, columns // group, self.chunks, order)
         self.constants: dict[str, Any] = {
             "DISTRIBUTION": self.distribution, "DTYPE": tl.float64 if memory.dtype == torch.float64 else tl.float32,

@@ -14,12 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdensity.reference.probe import FEISTEL_ROUNDS, HADAMARD_ROWS
+from fastdensity.reference.probe import HADAMARD_ROWS
 from fastdensity.triton_kernels.philox import normals_of
 
-ROUNDS = tl.constexpr(FEISTEL_ROUNDS)
 ROWS_STREAM = tl.constexpr(HADAMARD_ROWS)
-COMPILED = ("ORDER", "DISTRIBUTION", "DTYPE", "VECTOR", "TILE", "TILES", "CHUNKS", "PAIRS")
+COMPILED = ("ORDER", "ROUNDS", "DISTRIBUTION", "DTYPE", "VECTOR", "TILE", "TILES", "CHUNKS", "PAIRS")
 
 
 def _kernel(function):
@@ -30,7 +29,7 @@ def _kernel(function):
 
 @_kernel
 def choose_rows(rows, sample_ids, seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, pairs: tl.int64,
-                samples: tl.int64, ORDER: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+                samples: tl.int64, ORDER: tl.constexpr, ROUNDS: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """A permutation of 0 .. 2^ORDER - 1, by a Feistel network, at first + the pair's probe."""
     LOW: tl.constexpr = (ORDER + 1) // 2
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)

@@ -1,4 +1,4 @@
-"""Builds csrc/rows_cuda.cu, or another source, with the CPU's compiler and the header beside it; called by ctypes."""
+"""Builds csrc/rows_cuda.cu, or another source, with the CPU's compiler and the header beside this file."""
 
 from __future__ import annotations
 
