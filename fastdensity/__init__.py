@@ -6,7 +6,7 @@ house. Formulas: Karczewski, Heinonen and Garg, "Devil is in the Details" (ICML 
 
 from fastdensity.conversions import from_epsilon, to_epsilon, to_sample, to_score
 from fastdensity.flow import Flow
-from fastdensity.guidance import DensityGuidance, HighDensity, StochasticDensityGuidance
+from fastdensity.guidance import DensityGuidance, HighDensity, ReverseDiffusion, StochasticDensityGuidance
 from fastdensity.jvp import explain, jvp, trace_jvp
 from fastdensity.mixture import GaussianMixture
 from fastdensity.ops.rows import guide_prediction, guided_drift, guided_step
@@ -27,6 +27,7 @@ __all__ = [
     "HighDensity",
     "LogProbResult",
     "RectifiedFlow",
+    "ReverseDiffusion",
     "SampleResult",
     "Schedule",
     "StepResult",

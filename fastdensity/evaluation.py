@@ -51,8 +51,8 @@ class Problem:
 class Evaluation:
     """The network at x (B, *) and log-SNR lam, a run's index-th evaluation; `push` is what guidance wants there."""
 
-    def __init__(self, problem: Problem, x: Tensor, lam: float, index: int) -> None:
-        """Evaluates the network, together with the divergence that is to be reported if log p is tracked."""
+    def __init__(self, problem: Problem, x: Tensor, lam: float, index: int, measures: bool) -> None:
+        """Evaluates the network; `measures`: together with the divergence that is to be reported."""
         schedule = problem.flow.schedule
         self.problem, self.x, self.lam, self.index = problem, x, lam, index
         self.alpha, self.sigma = float(schedule.alpha(lam)), float(schedule.sigma(lam))
@@ -61,7 +61,7 @@ class Evaluation:
         self._measured: tuple[Tensor, Tensor] | None = None
         self._steering: Tensor | None = None
         self._curvature: Tensor | None = None
-        if problem.tracks:
+        if measures:
             self.prediction, laplacian, std_err = self._estimate_laplacian(STREAM_MEASURE)
             self._measured = (laplacian, std_err)
         else:
@@ -97,9 +97,12 @@ class Evaluation:
         """d log p/dlam under this point's push and its standard error, (B,) each, in float64.
 
         -div u + (w - u).s + (phi^2 / 2) (Lap - s.H s / ||s||^2) by the continuity equation and Ito's formula, where
-        (w - u).s = (eta - 1) ||eps||^2 / 2, and of the noise's own part, s.P dW, nothing is left.
+        (w - u).s = (eta - 1) ||eps||^2 / 2, and of the noise's own part, s.P dW, nothing is left. Not measured, that is
+        of the reverse diffusion: -f D + ||eps||^2 / 2, and its noise's part comes on top.
         """
-        assert self._measured is not None
+        if self._measured is None:
+            rate = sq_norm.double() / 2 - self.dlog_alpha * self.problem.dimension
+            return rate, torch.zeros_like(rate)
         laplacian, std_err = self._measured
         half_variance = self.sigma**2 / 2
         noise: Number = self.push.relative_noise

@@ -26,13 +26,15 @@ Rate = Callable[[Tensor, float], Number]  # b(x, lam): nats per unit of lam, (B,
 class Push:
     """The parameters of a guided step; numbers or (B,). The default is the unguided step.
 
-    relative_noise is the noise of the step over that of the reverse diffusion, phi / sigma, per sqrt of lam.
+    relative_noise is the noise of the step over that of the reverse diffusion, phi / sigma, per sqrt of lam;
+    projected says that only its part orthogonal to the score is added.
     """
 
     q: Number = 0.5
     shift: Number = 0.0
     gain: float = 0.0
     relative_noise: Number = 0.0
+    projected: bool = True
 
 
 class LocalFlow(Protocol):
@@ -53,9 +55,13 @@ class LocalFlow(Protocol):
 
 
 class Guidance(ABC):
-    """Base of all guidance. `active` decides for a whole step, by where it begins."""
+    """Base of all guidance. `active` decides for a whole step, by where it begins.
+
+    `stochastic`: it adds noise. `divergence_free`: where it acts, log p follows without any divergence.
+    """
 
     stochastic = False
+    divergence_free = False
 
     @abstractmethod
     def active(self, lam: float) -> bool:
@@ -177,6 +183,35 @@ class HighDensity(Guidance):
     def push(self, local: LocalFlow, lam_step: float) -> Push:
         """eta = 2."""
         return Push(gain=1.0)
+
+
+class ReverseDiffusion(Guidance):
+    """The original reverse diffusion, dx = (f x + sigma^2 s) dlam + sigma dW with f = d ln alpha/dlam.
+
+    Its log p needs no divergence: d log p = (-f D + (sigma^2/2) ||s||^2) dlam + sigma s.dW ([HD] theorem 1), as the
+    Laplacian that Ito's formula adds is the one that the divergence of the flow takes away.
+
+    Args:
+        interval: (lam_lo, lam_hi); a step is the diffusion's if it begins at lam_lo <= lam < lam_hi, else the flow's,
+            whose log p then takes divergences.
+
+    Raises:
+        TypeError, ValueError: an interval that is no (low, high).
+    """
+
+    stochastic = True
+    divergence_free = True
+
+    def __init__(self, interval: tuple[float, float] | None = None) -> None:
+        self.interval = _check_interval(interval)
+
+    def active(self, lam: float) -> bool:
+        """Inside the interval."""
+        return self.interval[0] <= lam < self.interval[1]
+
+    def push(self, local: LocalFlow, lam_step: float) -> Push:
+        """eta = 2, and the whole noise."""
+        return Push(gain=1.0, relative_noise=1.0, projected=False)
 
 
 def _check_target(q: Any, b: Any) -> tuple[Number | None, Rate | None]:

@@ -78,8 +78,10 @@ def sample(
         latents: (B, *) float32 or float64, taken to be drawn from N(0, sigma(grid[0])^2 I): log p starts there.
         grid: (N + 1,) strictly increasing log-SNR from noise to data, a tensor or a sequence of floats.
         solver: "euler" (in lam), "ddim" (Euler in sigma/alpha), "heun", "dpmpp_2m"; see `fastdensity.solvers`.
-        guidance: `DensityGuidance`, `HighDensity`; `StochasticDensityGuidance` with euler and ddim only.
-        log_prob: True computes log p along the trajectory, whatever guidance and noise do to it.
+        guidance: `DensityGuidance`, `HighDensity`; `StochasticDensityGuidance` and `ReverseDiffusion` with euler and
+            ddim only.
+        log_prob: True computes log p along the trajectory, whatever guidance and noise do to it; for `ReverseDiffusion`
+            without a divergence.
         divergence: "exact" (D products with the Jacobian an evaluation), "hutchinson", or a dict of `method`,
             `num_matvecs` (probes) and `seed`. Default: exact for flows that know their own, one probe for networks.
             Probes that steer (b, noise) are never those that measure log p.
@@ -213,7 +215,7 @@ def _check_grid(grid: Any) -> list[float]:
 
 def _check_guidance(guidance: Any, solver: str, noise: Any, latents: Tensor, steps: int) -> None:
     if guidance is not None and not isinstance(guidance, Guidance):
-        known = "DensityGuidance, StochasticDensityGuidance, HighDensity or None"
+        known = "DensityGuidance, StochasticDensityGuidance, ReverseDiffusion, HighDensity or None"
         raise TypeError(f"guidance must be {known}, got {describe(guidance)}")
     stochastic = guidance is not None and guidance.stochastic
     if stochastic and solver not in STOCHASTIC_SOLVERS:
@@ -221,7 +223,8 @@ def _check_guidance(guidance: Any, solver: str, noise: Any, latents: Tensor, ste
     if noise is None:
         return
     if not stochastic:
-        raise ValueError("noise was given, but the guidance is not stochastic: use StochasticDensityGuidance")
+        raise ValueError("noise was given, but the guidance is not stochastic: use StochasticDensityGuidance "
+            "or ReverseDiffusion")
     check_state("noise", noise)
     if noise.shape != (steps, *latents.shape) or noise.device != latents.device:
         raise ValueError(

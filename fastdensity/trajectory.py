@@ -20,7 +20,6 @@ from fastdensity.conversions import to_epsilon
 from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
 from fastdensity.guidance import Guidance
 from fastdensity.ops.rows import guide_prediction, guided_step
-from fastdensity.reference.philox import normals
 from fastdensity.sums import row_dot, row_sum
 
 Callback = Callable[[int, float, Tensor], Any]
@@ -76,18 +75,34 @@ class Trajectory:
 
     def evaluate(self, x: Tensor, lam: float, step: Step) -> Evaluation:
         """The network at (x, lam), and the push that the guidance wants there; the step's begin decides if it acts."""
-        point = Evaluation(self.problem, x, lam, self.evaluations)
+        guidance = self.guidance if self.guidance is not None and self.guidance.active(step.lam) else None
+        measures = self.problem.tracks and not (guidance is not None and guidance.divergence_free)
+        point = Evaluation(self.problem, x, lam, self.evaluations, measures)
         self.evaluations += 1
-        if self.guidance is not None and self.guidance.active(step.lam):
-            point.push = self.guidance.push(point, step.lam)
+        if guidance is not None:
+            point.push = guidance.push(point, step.lam)
         return point
 
     def advance(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
-        """The guided step to alpha_next x0 + sigma_next eps in one pass; log p by the left-hand rule."""
-        if not (alpha_next > 0 and sigma_next > 0):
-            return self._overshoot(point, step, alpha_next, sigma_next)
-        problem, push = self.problem, point.push
+        """The guided step to alpha_next x0 + sigma_next eps; log p by the left-hand rule. One pass if noise is projected.
+
+        Noise that is not projected moves log p too, by sigma s.dW = -eps.z sqrt(dlam).
+        """
         scale = self._noise_scale(point, step)
+        if point.push.projected:
+            return self._move(point, step, alpha_next, sigma_next, scale)
+        moved, noise = self._move(point, step, alpha_next, sigma_next, 0.0), self._draw_noise(point.x, step)
+        if self.problem.tracks:
+            self.log_change -= math.sqrt(step.size) * row_dot(point.epsilon(), noise)
+        return moved + scale * noise
+
+    def _move(
+        self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
+    ) -> Tensor:
+        """The guided step, with projected noise of standard deviation `scale`."""
+        if not (alpha_next > 0 and sigma_next > 0):
+            return self._overshoot(point, step, alpha_next, sigma_next, scale)
+        problem, push = self.problem, point.push
         noisy = isinstance(scale, Tensor) or scale != 0
         result = guided_step(
             point.x,
@@ -150,20 +165,34 @@ class Trajectory:
             return 0.0
         return relative * (point.sigma * math.sqrt(step.size))
 
-    def _overshoot(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
+    def _draw_noise(self, x: Tensor, step: Step) -> Tensor:
+        """The step's standard normals, in x's shape and dtype."""
+        if self.noise is not None:
+            return self.noise[step.index].to(x.dtype)
+        drawn = guided_step(  # where there is no score there is nothing to project: the kernel writes its noise
+            torch.zeros_like(x),
+            torch.zeros_like(x),
+            alpha=1.0,
+            sigma=1.0,
+            alpha_next=1.0,
+            sigma_next=1.0,
+            noise_scale=1.0,
+            seed=self.problem.seed,
+            sample_ids=self.problem.sample_ids,
+            step=step.index,
+        )
+        return drawn.sample
+
+    def _overshoot(
+        self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
+    ) -> Tensor:
         """The same step where Euler's is so long that alpha or sigma would end below 0, which no kernel takes."""
         x, eps = point.x, self.guided_epsilon(point, step.size)
         along_eps = sigma_next - alpha_next * (point.sigma / point.alpha)
         moved = (alpha_next / point.alpha) * x + along_eps * eps
-        scale = self._noise_scale(point, step)
         if not isinstance(scale, Tensor) and scale == 0:
             return moved
-        problem, eps = self.problem, point.epsilon()
-        if self.noise is not None:
-            noise = self.noise[step.index].to(x.dtype)
-        else:
-            drawn = normals(problem.seed, problem.sample_ids, step.index, problem.dimension)
-            noise = drawn.to(x.dtype).reshape(x.shape)
+        eps, noise = point.epsilon(), self._draw_noise(x, step)
         sq_norm = row_dot(eps, eps)
         along = torch.where(sq_norm > 0, row_dot(eps, noise) / sq_norm, 0.0)
         along, scale = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(x.shape[0]) for v in (along, scale))
