@@ -49,14 +49,17 @@ class Problem:
 
 
 class Evaluation:
-    """The network at x (B, *) and log-SNR lam, a run's index-th evaluation; `push` is what guidance wants there."""
+    """The network at x (B, *) and log-SNR lam, a number or float64 (B,); `push` is what guidance wants there."""
 
-    def __init__(self, problem: Problem, x: Tensor, lam: float, index: int, measures: bool) -> None:
-        """Evaluates the network; `measures`: together with the divergence that is to be reported."""
+    def __init__(self, problem: Problem, x: Tensor, lam: Number, index: int, measures: bool) -> None:
+        """Evaluates the network; `measures`: together with the divergence that is to be reported.
+
+        `index` is the key of probes: the same one gives the same probes.
+        """
         schedule = problem.flow.schedule
         self.problem, self.x, self.lam, self.index = problem, x, lam, index
-        self.alpha, self.sigma = float(schedule.alpha(lam)), float(schedule.sigma(lam))
-        self.dlog_alpha = float(schedule.dlog_alpha(lam))
+        self.alpha, self.sigma = _plain(schedule.alpha(lam)), _plain(schedule.sigma(lam))
+        self.dlog_alpha = _plain(schedule.dlog_alpha(lam))
         self.push = UNGUIDED
         self._measured: tuple[Tensor, Tensor] | None = None
         self._steering: Tensor | None = None
@@ -115,7 +118,7 @@ class Evaluation:
     def _predict(self, x: Tensor) -> Tensor:
         return self.problem.flow.prediction(x, self.lam)
 
-    def _coefficients(self) -> tuple[float, float]:
+    def _coefficients(self) -> tuple[Number, Number]:
         return direction_coefficients(self.problem.kind, self.alpha, self.sigma, self.problem.sigma_data)
 
     def _hessian_form(self, eps: Tensor, sq_norm: Tensor) -> Tensor:
@@ -138,4 +141,8 @@ class Evaluation:
         )
         along_x, along_p = self._coefficients()
         laplacian = -(along_x * problem.dimension + along_p * div) / self.sigma
-        return prediction, laplacian, abs(along_p / self.sigma) * std_err
+        return prediction, laplacian, (along_p / self.sigma * std_err).abs()
+
+
+def _plain(number: Number) -> Number:
+    return number if isinstance(number, Tensor) else float(number)

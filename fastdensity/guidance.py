@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdensity.boundary import check_number, describe
 
 Number = float | Tensor
-Rate = Callable[[Tensor, float], Number]  # b(x, lam): nats per unit of lam, (B,)
+Rate = Callable[[Tensor, Any], Number]  # b(x, lam): nats per unit of lam, (B,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class LocalFlow(Protocol):
     """The flow at one state, as guidance sees it; each quantity is computed when asked for, and once."""
 
     x: Tensor
-    lam: float
-    sigma: float
+    lam: Number
+    sigma: Number
 
     def laplacian(self) -> Tensor:
         """Trace of the Hessian of log p, (B,)."""
@@ -71,6 +71,10 @@ class Guidance(ABC):
     def push(self, local: LocalFlow, lam_step: float) -> Push:
         """How to guide at `local`, in the step that begins at lam_step."""
 
+    def ends(self) -> tuple[float, ...]:
+        """Where `active` changes with lam: a solver that chooses its steps begins a new one there."""
+        return ()
+
 
 class DensityGuidance(Guidance):
     """Density guidance: the smallest change of the drift that makes log p change at a chosen rate ([DG]).
@@ -80,7 +84,7 @@ class DensityGuidance(Guidance):
             lam ([DG] eq. 23); above 1/2 the density rises and samples get smoother, below they gain detail. Needs no
             divergence. It does not rescale the latents; `fastdensity.scale_prior` does.
         b: b(x, lam) -> (B,) or a number, the wanted d log p / d lam in nats per unit of lam. Needs the
-            divergence at every evaluation.
+            divergence at every evaluation. With an adaptive solver lam is (B,), one number for each row.
         interval: (lam_lo, lam_hi); a step is guided if it begins at lam_lo <= lam < lam_hi.
         track: False, the paper's plain form; a closed loop (True) is not part of this version.
 
@@ -106,6 +110,10 @@ class DensityGuidance(Guidance):
     def active(self, lam: float) -> bool:
         """Inside the interval."""
         return self.interval[0] <= lam < self.interval[1]
+
+    def ends(self) -> tuple[float, ...]:
+        """Of the interval."""
+        return self.interval
 
     def push(self, local: LocalFlow, lam_step: float) -> Push:
         """The quantile, or shift = 2 (div u + b), which makes d log p/dlam = -div u + (eta - 1) ||eps||^2 / 2 = b."""
@@ -180,6 +188,10 @@ class HighDensity(Guidance):
         """From start on."""
         return lam >= self.start
 
+    def ends(self) -> tuple[float, ...]:
+        """The start."""
+        return (self.start,)
+
     def push(self, local: LocalFlow, lam_step: float) -> Push:
         """eta = 2."""
         return Push(gain=1.0)
@@ -208,6 +220,10 @@ class ReverseDiffusion(Guidance):
     def active(self, lam: float) -> bool:
         """Inside the interval."""
         return self.interval[0] <= lam < self.interval[1]
+
+    def ends(self) -> tuple[float, ...]:
+        """Of the interval."""
+        return self.interval
 
     def push(self, local: LocalFlow, lam_step: float) -> Push:
         """eta = 2, and the whole noise."""

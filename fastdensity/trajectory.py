@@ -18,7 +18,8 @@ from torch import Tensor
 from fastdensity import rules
 from fastdensity.conversions import to_epsilon
 from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
-from fastdensity.guidance import Guidance
+from fastdensity.flow import drift_from_epsilon
+from fastdensity.guidance import Guidance, Number
 from fastdensity.ops.rows import guide_prediction, guided_step
 from fastdensity.sums import row_dot, row_sum
 
@@ -73,20 +74,23 @@ class Trajectory:
         """(alpha, sigma) at lam."""
         return float(self.schedule.alpha(lam)), float(self.schedule.sigma(lam))
 
-    def evaluate(self, x: Tensor, lam: float, step: Step) -> Evaluation:
-        """The network at (x, lam), and the push that the guidance wants there; the step's begin decides if it acts."""
+    def evaluate(self, x: Tensor, lam: Number, step: Step, key: int | None = None) -> Evaluation:
+        """The network at (x, lam), and the push that the guidance wants there; the step's begin decides if it acts.
+
+        `key` is that of the probes; by default each evaluation has probes of its own.
+        """
         guidance = self.guidance if self.guidance is not None and self.guidance.active(step.lam) else None
         measures = self.problem.tracks and not (guidance is not None and guidance.divergence_free)
-        point = Evaluation(self.problem, x, lam, self.evaluations, measures)
+        point = Evaluation(self.problem, x, lam, self.evaluations if key is None else key, measures)
         self.evaluations += 1
         if guidance is not None:
             point.push = guidance.push(point, step.lam)
         return point
 
     def advance(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
-        """The guided step to alpha_next x0 + sigma_next eps; log p by the left-hand rule. One pass if noise is projected.
+        """The guided step to alpha_next x0 + sigma_next eps; log p by the left-hand rule.
 
-        Noise that is not projected moves log p too, by sigma s.dW = -eps.z sqrt(dlam).
+        One pass, unless noise is added whole: that moves log p too, by sigma s.dW = -eps.z sqrt(dlam).
         """
         scale = self._noise_scale(point, step)
         if point.push.projected:
@@ -130,11 +134,42 @@ class Trajectory:
 
         In x's dtype because eta - 1 is lost where a half precision prediction would be rounded again.
         """
+        guided, report = self._guide(point)
+        self._record(point, weight, report)
+        return guided
+
+    def guided_epsilon(self, point: Evaluation, weight: float) -> Tensor:
+        """eta eps (B, *); log p gains weight times its rate here."""
+        problem, guided = self.problem, self.guided_prediction(point, weight)
+        return to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+
+    def slope(self, point: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
+        """The guided drift dx/dlam (B, *) in x's dtype; d log p/dlam and its standard error, (B,) float64, if tracked.
+
+        Flags are kept, but for non-finite numbers: the point may be one that an adaptive solver tries and rejects.
+        """
+        problem = self.problem
+        guided, report = self._guide(point)
+        eps = to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+        drift = drift_from_epsilon(eps, point.x, point.lam, self.schedule)
+        eta_minus_one, sq_norm, _, flags = report.unbind(dim=1)
+        if point.push is not UNGUIDED:
+            self.flags |= flags.to(torch.int64) & ~rules.FLAG_NON_FINITE
+        if not problem.tracks:
+            return drift, torch.zeros_like(self.log_change), torch.zeros_like(self.log_change)
+        return drift, *point.log_density_rate(eta_minus_one, sq_norm)
+
+    def finish(self, step: Step, x: Tensor) -> None:
+        """After each step: tells the callback."""
+        if self.callback is not None:
+            self.callback(step.index, step.lam_next, x)
+
+    def _guide(self, point: Evaluation) -> tuple[Tensor, Tensor]:
+        """The prediction whose noise is eta eps (B, *) in x's dtype, and the kernel's report (B, 4)."""
         problem, push, x = self.problem, point.push, point.x
-        prediction = point.prediction.to(x.dtype)
         report = torch.empty(x.shape[0], len(rules.REPORT_COLUMNS), dtype=x.dtype, device=x.device)
         guided = guide_prediction(
-            prediction,
+            point.prediction.to(x.dtype),
             x,
             alpha=point.alpha,
             sigma=point.sigma,
@@ -145,18 +180,7 @@ class Trajectory:
             sigma_data=problem.sigma_data,
             report=report,
         )
-        self._record(point, weight, report)
-        return guided
-
-    def guided_epsilon(self, point: Evaluation, weight: float) -> Tensor:
-        """eta eps (B, *); log p gains weight times its rate here."""
-        problem, guided = self.problem, self.guided_prediction(point, weight)
-        return to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
-
-    def finish(self, step: Step, x: Tensor) -> None:
-        """After each step: tells the callback."""
-        if self.callback is not None:
-            self.callback(step.index, step.lam_next, x)
+        return guided, report
 
     def _noise_scale(self, point: Evaluation, step: Step) -> float | Tensor:
         """phi sqrt(dlam), the standard deviation of the step's noise."""
