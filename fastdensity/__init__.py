@@ -4,11 +4,13 @@ The names below are the whole public interface; README.md opens with an example,
 house. Formulas: Karczewski, Heinonen and Garg, "Devil is in the Details" (ICML 2025, arXiv 2502.05807).
 """
 
+from fastdensity.alignment import score_alignment
 from fastdensity.conversions import from_epsilon, to_epsilon, to_sample, to_score
 from fastdensity.divergence import DivergenceEstimate, divergence
 from fastdensity.flow import Flow
-from fastdensity.guidance import DensityGuidance, HighDensity, StochasticDensityGuidance
+from fastdensity.guidance import DensityGuidance, HighDensity, ReverseDiffusion, StochasticDensityGuidance
 from fastdensity.jvp import explain, jvp, trace_jvp
+from fastdensity.log_density import bits_per_dimension
 from fastdensity.mixture import GaussianMixture
 from fastdensity.ops.rows import guide_prediction, guided_drift, guided_step
 from fastdensity.ops.rows_prior import scale_prior
@@ -30,10 +32,12 @@ __all__ = [
     "HighDensity",
     "LogProbResult",
     "RectifiedFlow",
+    "ReverseDiffusion",
     "SampleResult",
     "Schedule",
     "StepResult",
     "StochasticDensityGuidance",
+    "bits_per_dimension",
     "divergence",
     "explain",
     "from_epsilon",
@@ -47,6 +51,7 @@ __all__ = [
     "probes",
     "sample",
     "scale_prior",
+    "score_alignment",
     "to_epsilon",
     "to_sample",
     "to_score",

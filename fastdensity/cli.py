@@ -1,16 +1,14 @@
-"""The command line: `fastdensity sample` guides the embedded digits, `fastdensity info` says what works here."""
+"""The command line: `fastdensity sample` guides the embedded digits, `fastdensity align` says which of their latents
+raise the density of the sample with their own, `fastdensity info` what works here."""
 
 from __future__ import annotations
 
 import math
-import platform
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
-import numpy
 import torch
 import typer
 from rich.console import Console
@@ -19,16 +17,21 @@ from rich.table import Table
 
 import fastdensity as fd
 from fastdensity import _backend, digits, experiment
+from fastdensity.cli_align import align
+from fastdensity.cli_options import (
+    BAD_INPUT,
+    INTERRUPTED,
+    SCHEDULES,
+    check_backend,
+    check_choices,
+    fail,
+    load_flow,
+    parse_device,
+    prepare_folder,
+    versions,
+)
 from fastdensity.experiment import Finished
 from fastdensity.solvers import SOLVERS
-
-SCHEDULES: dict[str, type[fd.VP | fd.VE | fd.RectifiedFlow]] = {
-    "vp": fd.VP,
-    "ve": fd.VE,
-    "rectified-flow": fd.RectifiedFlow,
-}
-INTERRUPTED, BAD_INPUT = 130, 2
-MOST_SAMPLES, MOST_STEPS = 65_536, 100_000
 
 app = typer.Typer(
     help="Density-guided sampling of flow and diffusion models.",
@@ -37,6 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(align)
 
 
 @app.command()
@@ -66,13 +70,13 @@ def sample(
     """
     try:
         quantiles = _parse_quantiles(q)
-        _check_choices(n, steps, seed, solver, schedule)
-        target = _parse_device(device)
-        _check_backend(backend, target)
-        flow = _load_flow(checkpoint, target, schedule)
-        _prepare_folder(out)
+        check_choices(n, steps, seed, solver=(solver, SOLVERS), schedule=(schedule, SCHEDULES))
+        target = parse_device(device)
+        check_backend(backend, target)
+        flow = load_flow(checkpoint, target, schedule)
+        prepare_folder(out)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     finished: list[Finished] = []
     interrupted = False
     try:
@@ -82,14 +86,14 @@ def sample(
     except KeyboardInterrupt:
         interrupted = True
     except OSError as error:
-        _fail(f"--out {out}: writing failed after {len(finished)} q, {error}")
+        fail(f"--out {out}: writing failed after {len(finished)} q, {error}")
     settings = {
         "n": n, "q": quantiles, "solver": solver, "steps": steps, "seed": seed, "schedule": schedule,
         "checkpoint": None if checkpoint is None else str(checkpoint), "device": device, "backend": backend,
     }  # fmt: skip
     if finished:
         experiment.write_merged(
-            out, finished, {"interrupted": interrupted, "settings": settings, "versions": _versions()}
+            out, finished, {"interrupted": interrupted, "settings": settings, "versions": versions()}
         )
         _print_table(finished, out)
     if interrupted:
@@ -101,15 +105,15 @@ def sample(
 def info() -> None:
     """Print versions, the CPU, and which backends work here and why the others do not."""
     console = Console()
-    versions = Table(title="versions", title_justify="left", show_header=False)
-    for name, value in _versions().items():
-        versions.add_row(name, value)
+    table = Table(title="versions", title_justify="left", show_header=False)
+    for name, value in versions().items():
+        table.add_row(name, value)
     backends = Table(title="backends", title_justify="left")
     for column in ("backend", "works", "why"):
         backends.add_column(column, overflow="fold")
     for name, (works, reason) in _backend.report().items():
         backends.add_row(name, "yes" if works else "no", reason)
-    console.print(versions)
+    console.print(table)
     console.print(backends)
 
 
@@ -178,75 +182,3 @@ def _parse_quantiles(texts: list[str]) -> list[float]:
             raise ValueError(f"--q must give each value once, got {text.strip()} twice")
         quantiles.append(value)
     return sorted(quantiles)
-
-
-def _check_choices(n: int, steps: int, seed: int, solver: str, schedule: str) -> None:
-    limits = (("--n", n, 1, MOST_SAMPLES), ("--steps", steps, 1, MOST_STEPS), ("--seed", seed, 0, 2**63 - 1))
-    for name, value, lowest, highest in limits:
-        if not lowest <= value <= highest:
-            raise ValueError(f"{name} must be in [{lowest}, {highest}], got {value}")
-    for name, choice, known in (("--solver", solver, SOLVERS), ("--schedule", schedule, SCHEDULES)):
-        if choice not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {choice!r}")
-
-
-def _parse_device(device: str) -> torch.device:
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:INDEX, got {device!r}") from None
-    if parsed.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:INDEX, got {device!r}")
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
-        )
-    return parsed
-
-
-def _check_backend(backend: str, device: torch.device) -> None:
-    if backend not in ("auto", *_backend.BACKENDS):
-        raise ValueError(f"--backend must be one of auto, {', '.join(_backend.BACKENDS)}, got {backend!r}")
-    with _backend.use(backend):
-        try:
-            _backend.choose(device.type)
-        except RuntimeError as error:
-            raise ValueError(f"--backend {backend}: {error}") from None
-
-
-def _load_flow(checkpoint: Path | None, device: torch.device, schedule: str) -> fd.Flow:
-    flow = digits.load_digits_flow(checkpoint, device)
-    return flow if schedule == "vp" else digits.along_path(flow, SCHEDULES[schedule]())
-
-
-def _prepare_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written: {error.strerror}") from None
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"fastdensity: error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(BAD_INPUT)
-
-
-def _versions() -> dict[str, str]:
-    try:
-        import triton
-    except ImportError:
-        triton_version = "not installed"
-    else:
-        triton_version = triton.__version__
-    return {
-        "fastdensity": fd.__version__,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": str(torch.get_num_threads()),
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }

@@ -125,8 +125,8 @@ def compose(
     return (sigma * sample - alpha * sigma_data**2 * eps) / (sigma_data * _edm_norm(alpha, sigma, sigma_data))
 
 
-def direction_coefficients(kind: str, alpha: float, sigma: float, sigma_data: float) -> tuple[float, float]:
-    """(c_x, c_p) with eps = c_x x + c_p prediction at one noise level."""
+def direction_coefficients(kind: str, alpha: Number, sigma: Number, sigma_data: float) -> tuple[Number, Number]:
+    """(c_x, c_p) with eps = c_x x + c_p prediction; numbers, or (B,)."""
     along_x, along_p, scale = rules.direction(kind, alpha, sigma, sigma_data, _edm_norm(alpha, sigma, sigma_data))
     return scale * along_x, scale * along_p
 

@@ -46,19 +46,22 @@ class Problem:
 
 
 class Evaluation:
-    """The network at x (B, *) and log-SNR lam, a run's index-th evaluation; `push` is what guidance wants there."""
+    """The network at x (B, *) and log-SNR lam, a number or float64 (B,); `push` is what guidance wants there."""
 
-    def __init__(self, problem: Problem, x: Tensor, lam: float, index: int) -> None:
-        """Evaluates the network, together with the divergence that is to be reported if log p is tracked."""
+    def __init__(self, problem: Problem, x: Tensor, lam: Number, index: int, measures: bool) -> None:
+        """Evaluates the network; `measures`: together with the divergence that is to be reported.
+
+        `index` is the key of probes: the same one gives the same probes.
+        """
         schedule = problem.flow.schedule
         self.problem, self.x, self.lam, self.index = problem, x, lam, index
-        self.alpha, self.sigma = float(schedule.alpha(lam)), float(schedule.sigma(lam))
-        self.dlog_alpha = float(schedule.dlog_alpha(lam))
+        self.alpha, self.sigma = _plain(schedule.alpha(lam)), _plain(schedule.sigma(lam))
+        self.dlog_alpha = _plain(schedule.dlog_alpha(lam))
         self.push = UNGUIDED
         self._measured: tuple[Tensor, Tensor] | None = None
         self._steering: Tensor | None = None
         self._curvature: Tensor | None = None
-        if problem.tracks:
+        if measures:
             self.prediction, laplacian, std_err = self._estimate_laplacian(STREAM_MEASURE)
             self._measured = (laplacian, std_err)
         else:
@@ -94,9 +97,12 @@ class Evaluation:
         """d log p/dlam under this point's push and its standard error, (B,) each, in float64.
 
         -div u + (w - u).s + (phi^2 / 2) (Lap - s.H s / ||s||^2) by the continuity equation and Ito's formula, where
-        (w - u).s = (eta - 1) ||eps||^2 / 2, and of the noise's own part, s.P dW, nothing is left.
+        (w - u).s = (eta - 1) ||eps||^2 / 2, and of the noise's own part, s.P dW, nothing is left. Not measured, that is
+        of the reverse diffusion: -f D + ||eps||^2 / 2, and its noise's part comes on top.
         """
-        assert self._measured is not None
+        if self._measured is None:
+            rate = sq_norm.double() / 2 - self.dlog_alpha * self.problem.dimension
+            return rate, torch.zeros_like(rate)
         laplacian, std_err = self._measured
         half_variance = self.sigma**2 / 2
         noise: Number = self.push.relative_noise
@@ -111,9 +117,9 @@ class Evaluation:
 
     def _log_snr(self) -> Tensor:
         """lam for each row: as a tensor, since a graph traced for one number would not serve the next step."""
-        return torch.full((self.x.shape[0],), self.lam, dtype=torch.float64, device=self.x.device)
+        return torch.as_tensor(self.lam, dtype=torch.float64, device=self.x.device).expand(self.x.shape[0])
 
-    def _coefficients(self) -> tuple[float, float]:
+    def _coefficients(self) -> tuple[Number, Number]:
         return direction_coefficients(self.problem.kind, self.alpha, self.sigma, self.problem.sigma_data)
 
     def _hessian_form(self, eps: Tensor, sq_norm: Tensor) -> Tensor:
@@ -137,4 +143,8 @@ class Evaluation:
         found = estimate_divergence(problem.flow.prediction, self.x, (self._log_snr(),), how, key)
         along_x, along_p = self._coefficients()
         laplacian = -(along_x * problem.dimension + along_p * found.div) / self.sigma
-        return found.value, laplacian, abs(along_p / self.sigma) * found.std_err
+        return found.value, laplacian, (along_p / self.sigma * found.std_err).abs()
+
+
+def _plain(number: Number) -> Number:
+    return number if isinstance(number, Tensor) else float(number)

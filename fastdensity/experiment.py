@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,9 +66,19 @@ class Finished:
 
 def make_latents(n: int, seed: int, sigma: float, device: torch.device | str = "cpu") -> Tensor:
     """(n, 1, 8, 8) float32: N(0, sigma^2 I) moved to the median radius; sample i is a function of (seed, i)."""
+    return scale_prior(draw_latents(n, seed, sigma, device), quantile=0.5, sigma=sigma)
+
+
+def draw_latents(n: int, seed: int, sigma: float, device: torch.device | str = "cpu") -> Tensor:
+    """(n, 1, 8, 8) float32 from N(0, sigma^2 I); sample i is a function of (seed, i)."""
     blocks = [normals(seed, torch.arange(begin, begin + BLOCK), 0, 64, LATENTS_STREAM) for begin in range(0, n, BLOCK)]
-    latents = torch.cat(blocks)[:n].float().reshape(-1, 1, 8, 8).to(device)
-    return scale_prior(latents * sigma, quantile=0.5, sigma=sigma)
+    return torch.cat(blocks)[:n].float().reshape(-1, 1, 8, 8).to(device) * sigma
+
+
+def in_blocks(latents: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """(BLOCK latents, how many of them count), in order; the last block is filled up with copies."""
+    for block in torch.split(latents, BLOCK):
+        yield block[torch.arange(BLOCK, device=block.device) % block.shape[0]], block.shape[0]
 
 
 def sample_digits(
@@ -78,9 +88,7 @@ def sample_digits(
     started = time.perf_counter()
     guidance = DensityGuidance(q=q)
     parts = []
-    for block in (latents[i : i + BLOCK] for i in range(0, len(latents), BLOCK)):
-        count = block.shape[0]
-        whole = block[torch.arange(BLOCK, device=block.device) % count]  # the last block is filled up, see BLOCK
+    for whole, count in in_blocks(latents):
         result = sample(
             flow, whole, grid, solver=solver, guidance=guidance, log_prob=True, divergence="exact", callback=callback
         )

@@ -1,4 +1,4 @@
-"""Pictures of guided samples: a grid of them, and curves of log density and detail against q.
+"""Pictures: a grid of guided samples, curves of log density and detail against q, the histogram of score alignment.
 
 Needs the extra `fastdensity[figures]` (matplotlib, pillow), which is imported when a function is called.
 """
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 PNG_COMPRESSION = 9
 LOG_DENSITY_COLOUR, DETAIL_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion of Okabe and Ito (2008)
+ALIGNED_COLOUR, MISALIGNED = LOG_DENSITY_COLOUR, (DETAIL_COLOUR, "not aligned")
+ALIGNMENT_BINS = 80
 DOTS_PER_INCH = 160
-GRID_WIDTH, CURVES_SIZE = 8.0, (8.0, 3.2)  # inches
+GRID_WIDTH, CURVES_SIZE, ALIGNMENT_SIZE = 8.0, (8.0, 3.2), (6.0, 3.2)  # inches
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8}
 
 
@@ -106,6 +108,43 @@ def save_curves(path: str | Path, q: Sequence[float], log_prob: Tensor, detail: 
         left, right = figure.subplots(1, 2)
         _curve(left, q, log_prob, "mean log p  (nats)", LOG_DENSITY_COLOUR, "o")
         _curve(right, q, detail, "mean detail  (PNG bytes per sample)", DETAIL_COLOUR, "s")
+
+
+def alignment_figure(path: str | Path, cosine: Tensor) -> None:
+    """Writes a PNG: the histogram of cosine (N,), v.s / (||v|| ||s||) of each latent's score alignment.
+
+    What lies above 0 is aligned; the title says which fraction does, with its standard error. Non-finite numbers are
+    left out.
+
+    Raises:
+        ValueError: another shape, or nothing finite. ImportError: matplotlib is not installed.
+        OSError: path cannot be written.
+    """
+    if not isinstance(cosine, Tensor) or cosine.dim() != 1 or not bool(cosine.isfinite().any()):
+        raise ValueError(f"cosine must have shape (N,) and finite values, got {describe(cosine)}")
+    values = cosine.detach().cpu().double()
+    values = values[values.isfinite()]
+    fraction, error = aligned_fraction(values)
+    edges = torch.linspace(-1.0, 1.0, ALIGNMENT_BINS + 1, dtype=torch.float64)
+    with _figure(Path(path), ALIGNMENT_SIZE) as figure:
+        axes = figure.subplots()
+        for part, colour, label in (
+            (values[values > 0], ALIGNED_COLOUR, "aligned"),
+            (values[values <= 0], *MISALIGNED),
+        ):
+            axes.hist(part.tolist(), bins=edges.tolist(), color=colour, label=f"{label}: {len(part)}")
+        axes.axvline(0.0, color="black", linewidth=0.8)
+        axes.set_xlim(-1.0, 1.0)
+        axes.set_xlabel("cosine between the moved latent score and the score of the sample")
+        axes.set_ylabel("latents")
+        axes.set_title(f"{100 * fraction:.1f} % ± {100 * error:.1f} % of {len(values)} latents are aligned")
+        axes.legend(frameon=False, loc="upper left")
+
+
+def aligned_fraction(alignment: Tensor) -> tuple[float, float]:
+    """The fraction of alignment (N,) above 0, and its standard error, sqrt(p (1 - p) / N)."""
+    fraction = float((alignment > 0).double().mean())
+    return fraction, math.sqrt(fraction * (1.0 - fraction) / alignment.shape[0])
 
 
 def _side_by_side(images: Tensor) -> Any:

@@ -19,28 +19,30 @@ from torch import Tensor
 from fastdensity.boundary import check_number, describe
 
 Number = float | Tensor
-Rate = Callable[[Tensor, float], Number]  # b(x, lam): nats per unit of lam, (B,)
+Rate = Callable[[Tensor, Any], Number]  # b(x, lam): nats per unit of lam, (B,)
 
 
 @dataclass(frozen=True, slots=True)
 class Push:
     """The parameters of a guided step; numbers or (B,). The default is the unguided step.
 
-    relative_noise is the noise of the step over that of the reverse diffusion, phi / sigma, per sqrt of lam.
+    relative_noise is the noise of the step over that of the reverse diffusion, phi / sigma, per sqrt of lam;
+    projected says that only its part orthogonal to the score is added.
     """
 
     q: Number = 0.5
     shift: Number = 0.0
     gain: float = 0.0
     relative_noise: Number = 0.0
+    projected: bool = True
 
 
 class LocalFlow(Protocol):
     """The flow at one state, as guidance sees it; each quantity is computed when asked for, and once."""
 
     x: Tensor
-    lam: float
-    sigma: float
+    lam: Number
+    sigma: Number
 
     def laplacian(self) -> Tensor:
         """Trace of the Hessian of log p, (B,)."""
@@ -53,9 +55,13 @@ class LocalFlow(Protocol):
 
 
 class Guidance(ABC):
-    """Base of all guidance. `active` decides for a whole step, by where it begins."""
+    """Base of all guidance. `active` decides for a whole step, by where it begins.
+
+    `stochastic`: it adds noise. `divergence_free`: where it acts, log p follows without any divergence.
+    """
 
     stochastic = False
+    divergence_free = False
 
     @abstractmethod
     def active(self, lam: float) -> bool:
@@ -64,6 +70,10 @@ class Guidance(ABC):
     @abstractmethod
     def push(self, local: LocalFlow, lam_step: float) -> Push:
         """How to guide at `local`, in the step that begins at lam_step."""
+
+    def ends(self) -> tuple[float, ...]:
+        """Where `active` changes with lam: a solver that chooses its steps begins a new one there."""
+        return ()
 
 
 class DensityGuidance(Guidance):
@@ -74,7 +84,7 @@ class DensityGuidance(Guidance):
             lam ([DG] eq. 23); above 1/2 the density rises and samples get smoother, below they gain detail. Needs no
             divergence. It does not rescale the latents; `fastdensity.scale_prior` does.
         b: b(x, lam) -> (B,) or a number, the wanted d log p / d lam in nats per unit of lam. Needs the
-            divergence at every evaluation.
+            divergence at every evaluation. With an adaptive solver lam is (B,), one number for each row.
         interval: (lam_lo, lam_hi); a step is guided if it begins at lam_lo <= lam < lam_hi.
         track: False, the paper's plain form; a closed loop (True) is not part of this version.
 
@@ -100,6 +110,10 @@ class DensityGuidance(Guidance):
     def active(self, lam: float) -> bool:
         """Inside the interval."""
         return self.interval[0] <= lam < self.interval[1]
+
+    def ends(self) -> tuple[float, ...]:
+        """Of the interval."""
+        return self.interval
 
     def push(self, local: LocalFlow, lam_step: float) -> Push:
         """The quantile, or shift = 2 (div u + b), which makes d log p/dlam = -div u + (eta - 1) ||eps||^2 / 2 = b."""
@@ -174,9 +188,46 @@ class HighDensity(Guidance):
         """From start on."""
         return lam >= self.start
 
+    def ends(self) -> tuple[float, ...]:
+        """The start."""
+        return (self.start,)
+
     def push(self, local: LocalFlow, lam_step: float) -> Push:
         """eta = 2."""
         return Push(gain=1.0)
+
+
+class ReverseDiffusion(Guidance):
+    """The original reverse diffusion, dx = (f x + sigma^2 s) dlam + sigma dW with f = d ln alpha/dlam.
+
+    Its log p needs no divergence: d log p = (-f D + (sigma^2/2) ||s||^2) dlam + sigma s.dW ([HD] theorem 1), as the
+    Laplacian that Ito's formula adds is the one that the divergence of the flow takes away.
+
+    Args:
+        interval: (lam_lo, lam_hi); a step is the diffusion's if it begins at lam_lo <= lam < lam_hi, else the flow's,
+            whose log p then takes divergences.
+
+    Raises:
+        TypeError, ValueError: an interval that is no (low, high).
+    """
+
+    stochastic = True
+    divergence_free = True
+
+    def __init__(self, interval: tuple[float, float] | None = None) -> None:
+        self.interval = _check_interval(interval)
+
+    def active(self, lam: float) -> bool:
+        """Inside the interval."""
+        return self.interval[0] <= lam < self.interval[1]
+
+    def ends(self) -> tuple[float, ...]:
+        """Of the interval."""
+        return self.interval
+
+    def push(self, local: LocalFlow, lam_step: float) -> Push:
+        """eta = 2, and the whole noise."""
+        return Push(gain=1.0, relative_noise=1.0, projected=False)
 
 
 def _check_target(q: Any, b: Any) -> tuple[Number | None, Rate | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdensity import rules
-from fastdensity.boundary import check_integer, check_sample_ids, check_state, describe
-from fastdensity.conversions import check_prediction_type
-from fastdensity.evaluation import Problem
-from fastdensity.flow import check_schedule, check_sigma_data
+from fastdensity.boundary import describe
 from fastdensity.guidance import Guidance
-from fastdensity.solvers import SOLVERS, STOCHASTIC_SOLVERS
-from fastdensity.traces.options import DivergenceMethod
+from fastdensity.problem import check_flow_problem, check_guidance, choose_solver, make_problem, non_finite
 from fastdensity.trajectory import Callback, Trajectory, log_normal_density
 
 
@@ -31,7 +25,8 @@ class SampleResult:
         log_prob: (B,) nats, float64, of x under the flow's density at grid[-1]; None if it was not asked for.
         std_err: (B,) standard error of log_prob from the probes alone, not from the solver's steps: 0 for an exact
             divergence, NaN for one probe a step, which shows no spread; None with log_prob.
-        nfe: states at which the network was evaluated, per sample; products with its Jacobian there not counted.
+        nfe: states at which the network was evaluated, per sample (of an adaptive solver the most that any sample
+            needed); products with its Jacobian there not counted.
         flags: (B,) int64, the bits of `fastdensity.rules.FLAG_*` seen on the way, 0 for a row guided as asked.
     """
 
@@ -66,6 +61,8 @@ def sample(
     progress: bool = False,
     callback: Callback | None = None,
     sample_ids: Tensor | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
 ) -> SampleResult:
     """Takes latents at log-SNR grid[0] along the flow to grid[-1], guided if asked, log p tracked if asked.
 
@@ -77,9 +74,13 @@ def sample(
         flow: a `Flow` or `GaussianMixture`, or like them: .schedule .prediction(x, lam) .prediction_type .sigma_data.
         latents: (B, *) float32 or float64, taken to be drawn from N(0, sigma(grid[0])^2 I): log p starts there.
         grid: (N + 1,) strictly increasing log-SNR from noise to data, a tensor or a sequence of floats.
-        solver: "euler" (in lam), "ddim" (Euler in sigma/alpha), "heun", "dpmpp_2m"; see `fastdensity.solvers`.
-        guidance: `DensityGuidance`, `HighDensity`; `StochasticDensityGuidance` with euler and ddim only.
-        log_prob: True computes log p along the trajectory, whatever guidance and noise do to it.
+        solver: "euler" (in lam), "ddim" (Euler in sigma/alpha), "heun", "dpmpp_2m", see `fastdensity.solvers`; or
+            "dopri5", which chooses steps of its own for each row between the entries of the grid, see
+            `fastdensity.adaptive`: not for noise. rtol, atol: its tolerances, default 1e-6 each.
+        guidance: `DensityGuidance`, `HighDensity`; `StochasticDensityGuidance` and `ReverseDiffusion` with euler and
+            ddim only.
+        log_prob: True computes log p along the trajectory, whatever guidance and noise do to it; for `ReverseDiffusion`
+            without a divergence.
         divergence: "exact" (D products with the Jacobian an evaluation), "hutchinson", or a dict of `method`,
             `num_matvecs` (probes) and `seed`. Default: exact for flows that know their own, one probe for networks.
             Probes that steer (b, noise) are never those that measure log p.
@@ -94,20 +95,21 @@ def sample(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; a grid that does not increase;
             an unknown solver; a solver or `noise` that does not go with the guidance.
-        ImportError: progress=True without tqdm.
+        ImportError: progress=True without tqdm, solver="dopri5" without torchode.
     """
-    levels = _check_problem(flow, "latents", latents, grid, solver)
-    _check_guidance(guidance, solver, noise, latents, len(levels) - 1)
+    levels = check_flow_problem(flow, "latents", latents, grid)
+    solve = choose_solver(solver, rtol, atol)
+    check_guidance(guidance, solver, noise, latents, len(levels) - 1)
     for name, value in (("log_prob", log_prob), ("progress", progress)):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {describe(value)}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable as callback(index, lam, x), got {describe(callback)}")
-    problem = _problem(flow, latents, divergence, seed, sample_ids, bool(log_prob))
+    problem = make_problem(flow, latents, divergence, seed, sample_ids, bool(log_prob))
     with torch.no_grad(), _progress_bar(len(levels) - 1, callback, bool(progress)) as report:
         run = Trajectory(problem, levels, guidance, noise, report)
-        x = SOLVERS[solver](run, latents.detach())
-        flags = run.flags | _non_finite(x)
+        x = solve(run, latents.detach())
+        flags = run.flags | non_finite(x)
         if not log_prob:
             return SampleResult(x, None, None, run.evaluations, flags)
         start = log_normal_density(latents, run.path(levels[0])[1])
@@ -121,112 +123,30 @@ def log_prob(
     solver: str = "euler",
     divergence: str | dict[str, Any] | None = None,
     sample_ids: Tensor | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
 ) -> LogProbResult:
     """log p of x under the flow's density at grid[-1]: encodes x to grid[0] by the flow backwards.
 
     There the density is taken to be N(0, sigma(grid[0])^2 I). Arguments as in `sample`; `grid` increases here too and
-    is walked from its end. Probes have seed 0 unless `divergence` is a dict with another.
+    is walked from its end. Probes have seed 0 unless `divergence` is a dict with another. With solver="dopri5" a grid
+    of the two ends will do.
 
     Returns:
         LogProbResult with .latents (B, *), .log_prob (B,) in nats, .std_err (B,), .nfe, .flags.
 
     Raises:
-        TypeError, ValueError: as `sample`.
+        TypeError, ValueError, ImportError: as `sample`.
     """
-    levels = _check_problem(flow, "x", x, grid, solver)
-    problem = _problem(flow, x, divergence, 0, sample_ids, True)
+    levels = check_flow_problem(flow, "x", x, grid)
+    solve = choose_solver(solver, rtol, atol)
+    problem = make_problem(flow, x, divergence, 0, sample_ids, True)
     with torch.no_grad():
         run = Trajectory(problem, levels[::-1])
-        latents = SOLVERS[solver](run, x.detach())
+        latents = solve(run, x.detach())
         start = log_normal_density(latents, run.path(levels[0])[1])
-        flags = run.flags | _non_finite(latents)
+        flags = run.flags | non_finite(latents)
         return LogProbResult(latents, start - run.log_change, run.log_variance.sqrt(), run.evaluations, flags)
-
-
-def _problem(flow: Any, x: Tensor, divergence: Any, seed: Any, sample_ids: Any, tracks: bool) -> Problem:
-    return Problem(
-        flow,
-        kind=check_prediction_type(flow.prediction_type),
-        sigma_data=check_sigma_data(flow.sigma_data, flow.schedule),
-        dimension=x.shape[1:].numel(),
-        method=DivergenceMethod.parse(divergence, "exact" if hasattr(flow, "laplacian") else "hutchinson"),
-        seed=check_integer("seed", seed, 0, 2**63 - 1),
-        sample_ids=check_sample_ids(sample_ids, x),
-        tracks=tracks,
-    )
-
-
-def _non_finite(x: Tensor) -> Tensor:
-    return (~x.flatten(1).isfinite().all(dim=1)).to(torch.int64) * rules.FLAG_NON_FINITE
-
-
-def _check_problem(flow: Any, name: str, x: Any, grid: Any, solver: Any) -> list[float]:
-    """The grid as floats; everything that `sample` and `log_prob` have in common, checked."""
-    for wanted in ("schedule", "prediction", "prediction_type", "sigma_data"):
-        if not hasattr(flow, wanted):
-            raise TypeError(
-                f"flow must be a Flow or a GaussianMixture, or like them; {describe(flow)} has no .{wanted}"
-            )
-    check_schedule(flow.schedule)
-    check_state(name, x)
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name} must be float32 or float64, got {describe(x)}: in half precision the steps of a trajectory are "
-            f"lost to rounding (the network may still return half precision)"
-        )
-    if x.dim() < 2:
-        raise ValueError(f"{name} must be batch first, (B, *), got {describe(x)}")
-    if not isinstance(solver, str) or solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {describe(solver)}")
-    levels = _check_grid(grid)
-    for lam in (levels[0], levels[-1]):
-        alpha, sigma = float(flow.schedule.alpha(lam)), float(flow.schedule.sigma(lam))
-        if not (0.0 < alpha < math.inf and 0.0 < sigma < math.inf):
-            raise ValueError(
-                f"grid must stay where alpha and sigma are positive, finite numbers; "
-                f"at lam = {lam} {flow.schedule!r} has alpha = {alpha} and sigma = {sigma}"
-            )
-    return levels
-
-
-def _check_grid(grid: Any) -> list[float]:
-    try:
-        levels = torch.as_tensor(grid).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"grid must be a tensor or a sequence of floats, got {describe(grid)}") from error
-    if levels.is_complex() or levels.dtype == torch.bool:
-        raise TypeError(f"grid must hold real numbers, got {describe(levels)}")
-    if levels.dim() != 1 or levels.shape[0] < 2:
-        raise ValueError(f"grid must have shape (N + 1,) with N >= 1 steps, got {describe(levels)}")
-    levels = levels.to(device="cpu", dtype=torch.float64)
-    if not bool(levels.isfinite().all()):
-        raise ValueError("grid must be finite log-SNR values; leave the ends where alpha or sigma is 0 out")
-    if not bool((levels[1:] > levels[:-1]).all()):
-        index = int((levels[1:] <= levels[:-1]).nonzero()[0])
-        first, second = levels[index : index + 2].tolist()
-        raise ValueError(
-            f"grid must increase strictly, from noise (low log-SNR) to data; "
-            f"got grid[{index}] = {first} before grid[{index + 1}] = {second}"
-        )
-    return levels.tolist()
-
-
-def _check_guidance(guidance: Any, solver: str, noise: Any, latents: Tensor, steps: int) -> None:
-    if guidance is not None and not isinstance(guidance, Guidance):
-        known = "DensityGuidance, StochasticDensityGuidance, HighDensity or None"
-        raise TypeError(f"guidance must be {known}, got {describe(guidance)}")
-    stochastic = guidance is not None and guidance.stochastic
-    if stochastic and solver not in STOCHASTIC_SOLVERS:
-        raise ValueError(f"stochastic guidance needs solver {' or '.join(STOCHASTIC_SOLVERS)}, got {solver!r}")
-    if noise is None:
-        return
-    if not stochastic:
-        raise ValueError("noise was given, but the guidance is not stochastic: use StochasticDensityGuidance")
-    check_state("noise", noise)
-    if noise.shape != (steps, *latents.shape) or noise.device != latents.device:
-        raise ValueError(
-            f"noise must have shape (N, B, *) = {(steps, *latents.shape)} on {latents.device}, got {describe(noise)}"
-        )
 
 
 @contextmanager

@@ -22,8 +22,8 @@ def euler(run: Trajectory, x: Tensor) -> Tensor:
     for step in run.steps():
         point = run.evaluate(x, step.lam, step)
         # x + h u = stretch x - h (sigma / 2) eps is the step of a path that goes on to these two
-        stretch = 1.0 + step.size * point.dlog_alpha
-        x = run.advance(point, step, stretch * point.alpha, (stretch - step.size / 2) * point.sigma)
+        stretch, (alpha, sigma) = 1.0 + step.size * float(point.dlog_alpha), run.path(step.lam)
+        x = run.advance(point, step, stretch * alpha, (stretch - step.size / 2) * sigma)
         run.finish(step, x)
     return x
 

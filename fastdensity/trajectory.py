@@ -18,9 +18,9 @@ from torch import Tensor
 from fastdensity import rules
 from fastdensity.conversions import to_epsilon
 from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
-from fastdensity.guidance import Guidance
+from fastdensity.flow import drift_from_epsilon
+from fastdensity.guidance import Guidance, Number
 from fastdensity.ops.rows import guide_prediction, guided_step
-from fastdensity.reference.philox import normals
 from fastdensity.sums import row_dot, row_sum
 
 Callback = Callable[[int, float, Tensor], Any]
@@ -74,20 +74,39 @@ class Trajectory:
         """(alpha, sigma) at lam."""
         return float(self.schedule.alpha(lam)), float(self.schedule.sigma(lam))
 
-    def evaluate(self, x: Tensor, lam: float, step: Step) -> Evaluation:
-        """The network at (x, lam), and the push that the guidance wants there; the step's begin decides if it acts."""
-        point = Evaluation(self.problem, x, lam, self.evaluations)
+    def evaluate(self, x: Tensor, lam: Number, step: Step, key: int | None = None) -> Evaluation:
+        """The network at (x, lam), and the push that the guidance wants there; the step's begin decides if it acts.
+
+        `key` is that of the probes; by default each evaluation has probes of its own.
+        """
+        guidance = self.guidance if self.guidance is not None and self.guidance.active(step.lam) else None
+        measures = self.problem.tracks and not (guidance is not None and guidance.divergence_free)
+        point = Evaluation(self.problem, x, lam, self.evaluations if key is None else key, measures)
         self.evaluations += 1
-        if self.guidance is not None and self.guidance.active(step.lam):
-            point.push = self.guidance.push(point, step.lam)
+        if guidance is not None:
+            point.push = guidance.push(point, step.lam)
         return point
 
     def advance(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
-        """The guided step to alpha_next x0 + sigma_next eps in one pass; log p by the left-hand rule."""
-        if not (alpha_next > 0 and sigma_next > 0):
-            return self._overshoot(point, step, alpha_next, sigma_next)
-        problem, push = self.problem, point.push
+        """The guided step to alpha_next x0 + sigma_next eps; log p by the left-hand rule.
+
+        One pass, unless noise is added whole: that moves log p too, by sigma s.dW = -eps.z sqrt(dlam).
+        """
         scale = self._noise_scale(point, step)
+        if point.push.projected:
+            return self._move(point, step, alpha_next, sigma_next, scale)
+        moved, noise = self._move(point, step, alpha_next, sigma_next, 0.0), self._draw_noise(point.x, step)
+        if self.problem.tracks:
+            self.log_change -= math.sqrt(step.size) * row_dot(point.epsilon(), noise)
+        return moved + scale * noise
+
+    def _move(
+        self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
+    ) -> Tensor:
+        """The guided step, with projected noise of standard deviation `scale`."""
+        if not (alpha_next > 0 and sigma_next > 0):
+            return self._overshoot(point, step, alpha_next, sigma_next, scale)
+        problem, push = self.problem, point.push
         noisy = isinstance(scale, Tensor) or scale != 0
         result = guided_step(
             point.x,
@@ -115,11 +134,42 @@ class Trajectory:
 
         In x's dtype because eta - 1 is lost where a half precision prediction would be rounded again.
         """
+        guided, report = self._guide(point)
+        self._record(point, weight, report)
+        return guided
+
+    def guided_epsilon(self, point: Evaluation, weight: float) -> Tensor:
+        """eta eps (B, *); log p gains weight times its rate here."""
+        problem, guided = self.problem, self.guided_prediction(point, weight)
+        return to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+
+    def slope(self, point: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
+        """The guided drift dx/dlam (B, *) in x's dtype; d log p/dlam and its standard error, (B,) float64, if tracked.
+
+        Flags are kept, but for non-finite numbers: the point may be one that an adaptive solver tries and rejects.
+        """
+        problem = self.problem
+        guided, report = self._guide(point)
+        eps = to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+        drift = drift_from_epsilon(eps, point.x, point.lam, self.schedule)
+        eta_minus_one, sq_norm, _, flags = report.unbind(dim=1)
+        if point.push is not UNGUIDED:
+            self.flags |= flags.to(torch.int64) & ~rules.FLAG_NON_FINITE
+        if not problem.tracks:
+            return drift, torch.zeros_like(self.log_change), torch.zeros_like(self.log_change)
+        return drift, *point.log_density_rate(eta_minus_one, sq_norm)
+
+    def finish(self, step: Step, x: Tensor) -> None:
+        """After each step: tells the callback."""
+        if self.callback is not None:
+            self.callback(step.index, step.lam_next, x)
+
+    def _guide(self, point: Evaluation) -> tuple[Tensor, Tensor]:
+        """The prediction whose noise is eta eps (B, *) in x's dtype, and the kernel's report (B, 4)."""
         problem, push, x = self.problem, point.push, point.x
-        prediction = point.prediction.to(x.dtype)
         report = torch.empty(x.shape[0], len(rules.REPORT_COLUMNS), dtype=x.dtype, device=x.device)
         guided = guide_prediction(
-            prediction,
+            point.prediction.to(x.dtype),
             x,
             alpha=point.alpha,
             sigma=point.sigma,
@@ -130,18 +180,7 @@ class Trajectory:
             sigma_data=problem.sigma_data,
             report=report,
         )
-        self._record(point, weight, report)
-        return guided
-
-    def guided_epsilon(self, point: Evaluation, weight: float) -> Tensor:
-        """eta eps (B, *); log p gains weight times its rate here."""
-        problem, guided = self.problem, self.guided_prediction(point, weight)
-        return to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
-
-    def finish(self, step: Step, x: Tensor) -> None:
-        """After each step: tells the callback."""
-        if self.callback is not None:
-            self.callback(step.index, step.lam_next, x)
+        return guided, report
 
     def _noise_scale(self, point: Evaluation, step: Step) -> float | Tensor:
         """phi sqrt(dlam), the standard deviation of the step's noise."""
@@ -150,20 +189,34 @@ class Trajectory:
             return 0.0
         return relative * (point.sigma * math.sqrt(step.size))
 
-    def _overshoot(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
+    def _draw_noise(self, x: Tensor, step: Step) -> Tensor:
+        """The step's standard normals, in x's shape and dtype."""
+        if self.noise is not None:
+            return self.noise[step.index].to(x.dtype)
+        drawn = guided_step(  # where there is no score there is nothing to project: the kernel writes its noise
+            torch.zeros_like(x),
+            torch.zeros_like(x),
+            alpha=1.0,
+            sigma=1.0,
+            alpha_next=1.0,
+            sigma_next=1.0,
+            noise_scale=1.0,
+            seed=self.problem.seed,
+            sample_ids=self.problem.sample_ids,
+            step=step.index,
+        )
+        return drawn.sample
+
+    def _overshoot(
+        self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
+    ) -> Tensor:
         """The same step where Euler's is so long that alpha or sigma would end below 0, which no kernel takes."""
         x, eps = point.x, self.guided_epsilon(point, step.size)
         along_eps = sigma_next - alpha_next * (point.sigma / point.alpha)
         moved = (alpha_next / point.alpha) * x + along_eps * eps
-        scale = self._noise_scale(point, step)
         if not isinstance(scale, Tensor) and scale == 0:
             return moved
-        problem, eps = self.problem, point.epsilon()
-        if self.noise is not None:
-            noise = self.noise[step.index].to(x.dtype)
-        else:
-            drawn = normals(problem.seed, problem.sample_ids, step.index, problem.dimension)
-            noise = drawn.to(x.dtype).reshape(x.shape)
+        eps, noise = point.epsilon(), self._draw_noise(x, step)
         sq_norm = row_dot(eps, eps)
         along = torch.where(sq_norm > 0, row_dot(eps, noise) / sq_norm, 0.0)
         along, scale = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(x.shape[0]) for v in (along, scale))

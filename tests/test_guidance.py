@@ -35,7 +35,7 @@ def evaluation(flow: Any, lam: float, method: str | DivergenceMethod = "exact", 
         sample_ids=torch.arange(x.shape[0]),
         tracks=True,
     )
-    return Evaluation(problem, x, lam, 0)
+    return Evaluation(problem, x, lam, 0, problem.tracks)
 
 
 def rate_of_log_prob(point: Evaluation) -> Tensor:

@@ -12,6 +12,7 @@ from mixtures import lam_grid, largest_error
 from torch import Tensor
 
 import fastdensity as fd
+from fastdensity.trajectory import log_normal_density
 
 PATH = Path(__file__).parent / "data" / "golden_c.npz"
 FIRST, LAST = -10.0, 10.0
@@ -60,6 +61,23 @@ def test_encoded_log_prob() -> None:
     result = fd.log_prob(flow(), golden()["pf_ode_logp_x"], lam_grid(FIRST, LAST, 1023))
     assert largest_error(result.latents, golden()["encode_x"]) < TOLERANCE
     assert largest_error(result.log_prob, golden()["encode_logp"]) < TOLERANCE
+
+
+def test_encoded_log_prob_in_adaptive_steps() -> None:
+    """The flow's own density of Euler's samples: Euler's encoding has errors of its own, this has the prior's alone."""
+    pytest.importorskip("torchode")
+    result = fd.log_prob(flow(), golden()["pf_ode_logp_x"], [FIRST, LAST], solver="dopri5", rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(result.log_prob, golden()["encode_logp"], rtol=0, atol=0.1)
+    torch.testing.assert_close(result.log_prob, golden()["true_logp_at_pf"], rtol=0, atol=0.06)
+    prior = log_normal_density(result.latents, prior_sigma())
+    corrected = result.log_prob - prior + flow().log_prob(result.latents, FIRST)
+    torch.testing.assert_close(corrected, golden()["true_logp_at_pf"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("use_score", "name"), [(True, "sa_score"), (False, "sa_noscore")])
+def test_score_alignment(use_score: bool, name: str) -> None:
+    found = fd.score_alignment(flow(), golden()["latents"], lam_grid(FIRST, 1.0, 1023), use_score=use_score)
+    assert largest_error(found, golden()[name]) < TOLERANCE
 
 
 def test_log_prob_of_the_mixture() -> None:

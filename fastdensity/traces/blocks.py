@@ -43,25 +43,38 @@ def plan(function: Function, x: Tensor, memory: int | None) -> Plan:
     Raises:
         ValueError: a row of fn's result depends on another row.
     """
-    batch = x.shape[0]
     budget = MEMORY.get(x.device.type, DEVICE_MEMORY) if memory is None else memory
     dual = _one_row(function, x)
     if dual is None:
         row_bytes = x[0].numel() * x.element_size() * UNKNOWN_LAYERS
-        result = Plan(batch, _tangents(budget, batch * row_bytes), True)
-        _check_rows_apart(function, x, result)
-        return result
-    cost, row_bytes = _costs(dual)
-    if x.device.type == "cpu":
-        affordable = BLOCK_OPERATIONS // cost
-        rows = min(MOST_ROWS, 1 << max(0, affordable.bit_length() - 1))
+        result = Plan(x.shape[0], _tangents(budget, x.shape[0] * row_bytes), True)
     else:
-        rows = min(batch, max(1, budget // (2 * row_bytes)))
-    result = Plan(rows, _tangents(budget, rows * row_bytes), False)
-    if dual not in _apart:
+        cost, row_bytes = _costs(dual)
+        rows = _rows_on_cpu(cost) if x.device.type == "cpu" else min(x.shape[0], max(1, budget // (2 * row_bytes)))
+        result = Plan(rows, _tangents(budget, rows * row_bytes), False)
+    try:
+        graph = _whole_graph(function, x) if dual is None else dual
+    except Exception:
+        _check_rows_apart(function, x, result)  # the better reason, if it is one
+        raise
+    if graph is None or graph not in _apart:
         _check_rows_apart(function, x, result)
-        _apart.add(dual)
+    if graph is not None:
+        _apart.add(graph)
     return result
+
+
+def _rows_on_cpu(cost: int) -> int:
+    return min(MOST_ROWS, 1 << max(0, (BLOCK_OPERATIONS // cost).bit_length() - 1))
+
+
+def _whole_graph(function: Function, x: Tensor) -> Any:
+    """What fd.jvp keeps of fn on the whole batch; None where it is not asked."""
+    if function.forward != "dual":
+        return None
+    from fastdensity.dual.cache import find
+
+    return find(function.fn, (x, *function.args))[0]
 
 
 def _costs(dual: Any) -> tuple[int, int]:
