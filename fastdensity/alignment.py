@@ -8,7 +8,7 @@ d(v.s)/dlam = -div((du/dx) v), which needs the divergence of a Jacobian-vector p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -135,12 +135,18 @@ class _Local:
             return self.sigma**2 / 2 * slope
         seed = problem.seed if how.seed is None else how.seed
         key = ProbeKey(seed, problem.sample_ids, index)
-        found = estimate_divergence(self._pushed_at, self.x, (self.change, self.where), how, key)
+        pushed = _push_of(problem.flow, self.forward)
+        found = estimate_divergence(pushed, self.x, (self.change, self.where), how, key)
         return self.of_network * found.div
 
-    def _pushed_at(self, x: Tensor, change: Tensor, where: Tensor) -> Tensor:
-        """(d prediction / dx) v at x, v held: a row of it is of that row's x and v alone."""
-        return directional_derivatives(self.problem.flow.prediction, x, (where,), change[None], self.forward)[1][0]
+
+def _push_of(flow: Any, forward: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x, v, lam (B,)) to (d prediction / dx) v; it closes over nothing that changes, so one trace serves all steps."""
+
+    def pushed(x: Tensor, change: Tensor, where: Tensor) -> Tensor:
+        return directional_derivatives(flow.prediction, x, (where,), change[None], forward)[1][0]
+
+    return pushed
 
 
 def _score(problem: Problem, x: Tensor, lam: float) -> Tensor:
