@@ -214,6 +214,15 @@ def test_coordinates_that_meet_no_others() -> None:
     torch.testing.assert_close(result.div, torch.tensor([3.0], dtype=torch.float64))
 
 
+def test_bases_are_orthonormal_after_rounding() -> None:
+    matrix = matrices(1, 30)[0]
+    rounded = torch.linalg.qr(normals(30, 6, seed=2))[0].T.bfloat16().double()
+    basis, images = subspace.orthonormalise(rounded, rounded @ matrix.T)
+    assert (rounded @ rounded.T - torch.eye(6)).abs().max() > 1e-4
+    torch.testing.assert_close(basis @ basis.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(images, basis @ matrix.T, rtol=0, atol=1e-13)
+
+
 def test_as_many_tests_as_columns() -> None:
     for columns in (1, 2, 5):
         products = MatrixProducts(matrices(4, columns, seed=3))
