@@ -17,6 +17,7 @@ from fastdensity._backend import DTYPE_NUMBERS, native
 _native = native()
 CHUNK_BYTES = 4 * 2**20  # scores and their tangents that are held at a time
 CAUSAL_BLOCKS = 4  # that are taken together under a causal mask: they reach as far as the last of them
+NARROW = True
 LEAST_ROWS = 128  # of a block, below which matrix products are slow
 
 
@@ -79,6 +80,9 @@ def launch_cpu(
     if keys == 0:
         out.zero_()
         return
+    if mask is None and not causal and _is_narrow(query, key, value):
+        _launch_narrow(query, key, value, query_dual, key_dual, value_dual, scale, out)
+        return
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     groups, rows = batch * key_heads, heads // key_heads * length
     q = _dense(query, query_dual, dtype, groups, rows)
@@ -111,6 +115,38 @@ def launch_cpu(
         sizes = (planes - 1, shape[1] * shape[2], reach, first)
         _native.dual_attention_cpu(scores.data_ptr(), DTYPE_NUMBERS[dtype], *sizes, *where, threads)
         _outputs(outputs, s, all_values)
+    if result is not out:
+        out.copy_(result)
+
+
+def _is_narrow(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel for narrow heads is faster than torch's products; only a head's shape may decide."""
+    return NARROW
+
+
+def _launch_narrow(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_dual: bool,
+    key_dual: bool,
+    value_dual: bool,
+    scale: float,
+    out: Tensor,
+) -> None:
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    tensors = [x.to(dtype) for x in (query, key, value)]
+    tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+    result = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype)
+    operands = (
+        (x.data_ptr(), dual, *(x.stride() if dual else (0, *x.stride()))[:4])
+        for x, dual in zip(tensors, (query_dual, key_dual, value_dual), strict=True)
+    )
+    planes, batch, heads, length, value_width = out.shape
+    sizes = (planes - 1, batch, heads, key.shape[-3], length, key.shape[-2], key.shape[-1], value_width)
+    _native.dual_narrow_attention_cpu(
+        *operands, result.data_ptr(), DTYPE_NUMBERS[dtype], *sizes, scale, torch.get_num_threads()
+    )
     if result is not out:
         out.copy_(result)
 
