@@ -54,14 +54,16 @@ class NarrowAttention {
 
   simd::NarrowScratch<Real> reserve(std::unique_ptr<void, Release>& memory) const {
     const std::int64_t padded = (call_.keys + kKeys - 1) / kKeys * kKeys, planes = 1 + call_.tangents;
-    const std::int64_t sizes[] = {
-        call_.width * kQueries, call_.width * kQueries, padded * kQueries, padded * kQueries,
-        call_.value_width * kQueries,
-        padded * call_.width * (call_.key.dual ? planes : 1),
-        call_.keys * call_.value_width * (call_.value.dual ? planes : 1)};
+    const std::int64_t sizes[] = {call_.width * kQueries,
+                                  call_.width * kQueries,
+                                  padded * kQueries,
+                                  padded * kQueries,
+                                  call_.value_width * kQueries,
+                                  padded * call_.width * (call_.key.dual ? planes : 1),
+                                  call_.keys * call_.value_width * (call_.value.dual ? planes : 1)};
     simd::NarrowScratch<Real> scratch;
-    Real** parts[] = {&scratch.query, &scratch.tangent, &scratch.scores, &scratch.score_tangents,
-                      &scratch.output, &scratch.keys, &scratch.values};
+    Real** parts[] = {&scratch.query,  &scratch.tangent, &scratch.scores, &scratch.score_tangents,
+                      &scratch.output, &scratch.keys,    &scratch.values};
     constexpr std::int64_t kUnit = kAlignment / sizeof(Real);
     std::int64_t total = 0;
     for (std::int64_t size : sizes) total += (size + kUnit - 1) / kUnit * kUnit;
@@ -78,7 +80,10 @@ class NarrowAttention {
 }  // namespace
 
 void dual_narrow_attention_cpu(const NarrowAttentionCall& call, int threads) {
-  call.dtype == DataType::float64 ? NarrowAttention<double>(call).run(threads) : NarrowAttention<float>(call).run(threads);
+  if (call.dtype == DataType::float64)
+    NarrowAttention<double>(call).run(threads);
+  else
+    NarrowAttention<float>(call).run(threads);
 }
 
 }  // namespace fastdensity

@@ -33,18 +33,17 @@ struct Attention {
 
   static INLINE void store(const Vector& vector, Real* target) { std::memcpy(target, &vector, sizeof(vector)); }
 
-  // scale times the rows of one plane of the query, in lanes; zeros in those that have no row.
+  // The rows of one plane of the query, in lanes; zeros in those that have no row.
   static INLINE void gather(const NarrowAttentionCall& call, std::int64_t plane, std::int64_t head, std::int64_t first,
                             std::int64_t rows, Real* target) {
     const AttentionOperand& query = call.query;
     const std::int64_t shared = call.heads / call.key_heads, width = call.width;
     const Real* data = static_cast<const Real*>(query.data) + plane * query.strides[0] +
                        head / call.key_heads * query.strides[1] + head % call.key_heads * shared * query.strides[2];
-    const Real scale = static_cast<Real>(call.scale);
     std::int64_t group = first / call.length, position = first % call.length;
     for (std::int64_t lane = 0; lane < rows; ++lane) {
       const Real* row = data + group * query.strides[2] + position * query.strides[3];
-      for (std::int64_t i = 0; i < width; ++i) target[i * kLanes + lane] = row[i] * scale;
+      for (std::int64_t i = 0; i < width; ++i) target[i * kLanes + lane] = row[i];
       if (++position == call.length) position = 0, ++group;
     }
     for (std::int64_t lane = rows; lane < kLanes; ++lane)
@@ -62,10 +61,10 @@ struct Attention {
       for (std::int64_t i = 0; i < size; ++i) target[lane * size + i] = output[i * kLanes + lane];
   }
 
-  // sums of left k, or of left tk, or of both, for the keys of one tile.
+  // scale times the sum of left k, of right tk, or of both, for the keys of one tile.
   template <bool kLeft, bool kRight>
   static INLINE void tile(const Real* left, const Real* right, const Real* k, const Real* tk, std::int64_t width,
-                          Vector (&sums)[kKeys]) {
+                          Real scale, Vector (&sums)[kKeys]) {
     for (int key = 0; key < kKeys; ++key) sums[key] = Vector{};
     for (std::int64_t i = 0; i < width; ++i) {
       const Vector a = load(kLeft ? left + i * kLanes : right + i * kLanes), b = load(right + i * kLanes);
@@ -74,14 +73,17 @@ struct Attention {
         if (kRight) sums[key] += b * tk[i * kKeys + key];
       }
     }
+    for (int key = 0; key < kKeys; ++key) sums[key] *= scale;
   }
 
   // s, and the largest of them.
   static INLINE Vector scores(const NarrowAttentionCall& call, const Scratch& scratch) {
+    const Real scale = static_cast<Real>(call.scale);
     Vector top = Vector{} - std::numeric_limits<Real>::infinity();
     for (std::int64_t first = 0; first < call.keys; first += kKeys) {
       Vector sums[kKeys];
-      tile<true, false>(scratch.query, scratch.query, scratch.keys + first * call.width, nullptr, call.width, sums);
+      tile<true, false>(scratch.query, scratch.query, scratch.keys + first * call.width, nullptr, call.width, scale,
+                        sums);
       Real* target = scratch.scores + first * kLanes;
       for (int key = 0; key < kKeys; ++key) store(sums[key], target + key * kLanes);
       const std::int64_t count = std::min(kKeys, call.keys - first);
@@ -95,8 +97,9 @@ struct Attention {
 
   // s becomes e, zero where a tile has no key; returns their sum.
   static INLINE Vector exponentials(const Scratch& scratch, const Vector& top, std::int64_t keys) {
-    Real shift[kLanes];  // where all scores are -inf, e is zero
-    for (int lane = 0; lane < kLanes; ++lane) shift[lane] = top[lane] == -std::numeric_limits<Real>::infinity() ? 0 : top[lane];
+    constexpr Real kNothing = -std::numeric_limits<Real>::infinity();
+    Real shift[kLanes];
+    store(top == kNothing ? Vector{} : top, shift);  // where all scores are -inf, e is zero
     Vector total{};
     for (std::int64_t first = 0; first < keys; first += kKeys) {
       Real* s = scratch.scores + first * kLanes;
@@ -115,11 +118,12 @@ struct Attention {
   template <bool kQuery, bool kKey>
   static INLINE Vector score_tangents(const NarrowAttentionCall& call, const Scratch& scratch, std::int64_t plane) {
     const std::int64_t step = kKeys * call.width, tiles = (call.keys + kKeys - 1) / kKeys;
+    const Real scale = static_cast<Real>(call.scale);
     Vector along{};
     for (std::int64_t index = 0; index < tiles; ++index) {
       const Real *k = scratch.keys + index * step, *tk = kKey ? k + plane * tiles * step : k;
       Vector sums[kKeys], part{};
-      tile<kQuery, kKey>(scratch.tangent, scratch.query, k, tk, call.width, sums);
+      tile<kQuery, kKey>(scratch.tangent, scratch.query, k, tk, call.width, scale, sums);
       const std::int64_t at = index * kKeys * kLanes;
       for (int key = 0; key < kKeys; ++key) {
         store(sums[key], scratch.score_tangents + at + key * kLanes);
@@ -235,20 +239,20 @@ void pack(const NarrowAttentionCall& call, std::int64_t head, NarrowScratch<Real
 }
 
 #if defined(__x86_64__) && !defined(FASTDENSITY_NO_CLONES)
-#define DEFINE_FOR(Real, TARGET, BYTES)                                                                            \
-  TARGET void attend_in_lanes(const NarrowAttentionCall& call, std::int64_t head, std::int64_t first,              \
-                              std::int64_t end, const NarrowScratch<Real>& scratch) {                              \
-    Attention<Real, BYTES / sizeof(Real)>::all_rows(call, head, first, end, scratch);                              \
+#define DEFINE_FOR(Real, TARGET, BYTES)                                                               \
+  TARGET void attend_in_lanes(const NarrowAttentionCall& call, std::int64_t head, std::int64_t first, \
+                              std::int64_t end, const NarrowScratch<Real>& scratch) {                 \
+    Attention<Real, BYTES / sizeof(Real)>::all_rows(call, head, first, end, scratch);                 \
   }
-#define DEFINE_FOR_ALL(Real)                                              \
-  DEFINE_FOR(Real, __attribute__((target("default"))), 16)                \
-  DEFINE_FOR(Real, __attribute__((target("arch=x86-64-v3"))), 32)         \
+#define DEFINE_FOR_ALL(Real)                                      \
+  DEFINE_FOR(Real, __attribute__((target("default"))), 16)        \
+  DEFINE_FOR(Real, __attribute__((target("arch=x86-64-v3"))), 32) \
   DEFINE_FOR(Real, __attribute__((target("arch=x86-64-v4"))), 64)
 #else
-#define DEFINE_FOR_ALL(Real)                                                                                       \
-  void attend_in_lanes(const NarrowAttentionCall& call, std::int64_t head, std::int64_t first, std::int64_t end,   \
-                       const NarrowScratch<Real>& scratch) {                                                       \
-    Attention<Real, 16 / sizeof(Real)>::all_rows(call, head, first, end, scratch);                                 \
+#define DEFINE_FOR_ALL(Real)                                                                                     \
+  void attend_in_lanes(const NarrowAttentionCall& call, std::int64_t head, std::int64_t first, std::int64_t end, \
+                       const NarrowScratch<Real>& scratch) {                                                     \
+    Attention<Real, 16 / sizeof(Real)>::all_rows(call, head, first, end, scratch);                               \
   }
 #endif
 DEFINE_FOR_ALL(float)
@@ -256,13 +260,13 @@ DEFINE_FOR_ALL(double)
 
 }  // namespace
 
-#define DEFINE_ENTRIES(Real)                                                                                       \
-  void pack_head(const NarrowAttentionCall& call, std::int64_t head, NarrowScratch<Real>& scratch) {               \
-    pack(call, head, scratch);                                                                                     \
-  }                                                                                                                \
-  void attend(const NarrowAttentionCall& call, std::int64_t head, std::int64_t first, std::int64_t end,            \
-              NarrowScratch<Real>& scratch) {                                                                      \
-    attend_in_lanes(call, head, first, end, scratch);                                                              \
+#define DEFINE_ENTRIES(Real)                                                                            \
+  void pack_head(const NarrowAttentionCall& call, std::int64_t head, NarrowScratch<Real>& scratch) {    \
+    pack(call, head, scratch);                                                                          \
+  }                                                                                                     \
+  void attend(const NarrowAttentionCall& call, std::int64_t head, std::int64_t first, std::int64_t end, \
+              NarrowScratch<Real>& scratch) {                                                           \
+    attend_in_lanes(call, head, first, end, scratch);                                                   \
   }
 DEFINE_ENTRIES(float)
 DEFINE_ENTRIES(double)

@@ -121,7 +121,8 @@ struct AttentionOperand {
   std::int64_t strides[4] = {0, 0, 0, 0};
 };
 
-// The whole of a dual attention without mask, out (1 + tangents, batch, heads, length, value_width) dense. No size is 0.
+// A dual attention without mask from end to end, out (1 + tangents, batch, heads, length, value_width) dense. Of the
+// sizes only `width` may be 0.
 struct NarrowAttentionCall {
   AttentionOperand query, key, value;
   void* out = nullptr;
