@@ -78,8 +78,9 @@ def test_precision(width, dtype):
 
 
 def test_large_scores_do_not_overflow():
+    """The scale is a power of two: of others, where they are rounded decides about such scores."""
     problem = random_problem(batch=8, heads=8, key_heads=8, length=40, keys=30, dtype=torch.float32)
-    assert_as_good_as_eager(*with_result(replace(problem, scale=300.0)))
+    assert_as_good_as_eager(*with_result(replace(problem, scale=256.0)))
 
 
 def test_neither_batch_nor_threads_show():
