@@ -223,6 +223,27 @@ void dual_attention_entry(std::int64_t scores, int dtype, std::int64_t tangents,
   dual_attention_cpu(call, threads);
 }
 
+// (address, is it dual, strides of plane, sample, head and row)
+using OperandArgument = std::tuple<std::int64_t, bool, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+AttentionOperand operand_of(const OperandArgument& argument) {
+  const auto [data, dual, plane, sample, head, row] = argument;
+  return {address(data), dual, {plane, sample, head, row}};
+}
+
+void dual_narrow_attention_entry(OperandArgument query, OperandArgument key, OperandArgument value, std::int64_t out,
+                                 int dtype, std::int64_t tangents, std::int64_t batch, std::int64_t heads,
+                                 std::int64_t key_heads, std::int64_t length, std::int64_t keys, std::int64_t width,
+                                 std::int64_t value_width, double scale, int threads) {
+  NarrowAttentionCall call;
+  call.query = operand_of(query), call.key = operand_of(key), call.value = operand_of(value);
+  call.out = writable(out), call.dtype = data_type(dtype), call.tangents = tangents, call.scale = scale;
+  call.batch = batch, call.heads = heads, call.key_heads = key_heads;
+  call.length = length, call.keys = keys, call.width = width, call.value_width = value_width;
+  nb::gil_scoped_release release;
+  dual_narrow_attention_cpu(call, threads);
+}
+
 // (address, elements from one row to the next, rows of x that share one)
 using ModulationArgument = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
@@ -379,6 +400,7 @@ NB_MODULE(_native, m) {
   m.def("probe_forms_cpu", &probe_forms_entry);
   m.def("dual_softmax_cpu", &dual_softmax_entry);
   m.def("dual_attention_cpu", &dual_attention_entry);
+  m.def("dual_narrow_attention_cpu", &dual_narrow_attention_entry);
   m.def("dual_row_norm_cpu", &dual_row_norm_entry);
   m.def("dual_group_norm_cpu", &dual_group_norm_entry);
   m.def("dual_chain_cpu", &dual_chain_entry);

@@ -136,6 +136,24 @@ struct DualScoresCall {
 };
 void dual_attention_cpu(const DualScoresCall& call, int threads);
 
+// An operand of a dual attention in the arithmetic's type: strides of plane, sample, head and row, columns adjacent.
+struct AttentionOperand {
+  const void* data = nullptr;
+  bool dual = false;
+  std::int64_t strides[4] = {0, 0, 0, 0};
+};
+
+// A dual attention without mask from end to end, out (1 + tangents, batch, heads, length, value_width) dense. Of the
+// sizes only `width` may be 0.
+struct NarrowAttentionCall {
+  AttentionOperand query, key, value;
+  void* out = nullptr;
+  DataType dtype = DataType::float32;  // or float64
+  std::int64_t tangents = 0, batch = 0, heads = 0, key_heads = 0, length = 0, keys = 0, width = 0, value_width = 0;
+  double scale = 1;
+};
+void dual_narrow_attention_cpu(const NarrowAttentionCall& call, int threads);
+
 // A chain of elementwise operations on duals: fastdensity/reference/dual_chain.py.
 struct ChainStep {
   int operation = 0;                // chain::Operation

@@ -43,6 +43,24 @@ def dual_attention_cpu(
     threads: int,
     /,
 ) -> None: ...
+def dual_narrow_attention_cpu(
+    query: tuple[int, bool, int, int, int, int],
+    key: tuple[int, bool, int, int, int, int],
+    value: tuple[int, bool, int, int, int, int],
+    out: int,
+    dtype: int,
+    tangents: int,
+    batch: int,
+    heads: int,
+    key_heads: int,
+    length: int,
+    keys: int,
+    width: int,
+    value_width: int,
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
 def dual_row_norm_cpu(
     x: int,
     out: int,

@@ -14,7 +14,7 @@ import pytest
 TESTS = [
     *("test_rows.py", "test_rules.py", "test_philox.py", "test_boundary.py"),
     *("test_dual_chain.py", "test_dual_linear.py", "test_dual_norm.py", "test_dual_softmax.py"),
-    *("test_dual_attention.py", "test_dual_conv.py"),
+    *("test_dual_attention.py", "test_dual_attention_narrow.py", "test_dual_conv.py"),
 ]
 # what takes long under the sanitizers and touches no line of C++ that shorter tests do not: two gigabytes of elements,
 # compilers and graphs, derivatives and references made of torch's operators, a measurement of memory

@@ -48,6 +48,7 @@ def test_is_func_jvp_of_attention(mask, causal, duals):
 @pytest.mark.parametrize("mask", ["none", "bool", "add"])
 def test_chunks(monkeypatch, mask, causal, chunk_bytes):
     monkeypatch.setattr(dual_attention_native, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(dual_attention_native, "_is_narrow", lambda rows, columns: False)
     problem = random_problem(heads=6, length=75, keys=50, mask=mask, causal=causal, tangents=1)
     assert (attend(problem) - by_func_jvp(problem)).abs().max() < 1e-12
 
@@ -63,7 +64,9 @@ def test_precision(mask, dtype):
 
 
 def test_large_scores_do_not_overflow():
-    problem = replace(random_problem(length=20, keys=30, dtype=torch.float32), scale=300.0)
+    # many rows: how far a row is off depends on how close its two largest scores are
+    options = {"batch": 8, "heads": 8, "key_heads": 8, "length": 20, "keys": 30, "width": 72}
+    problem = replace(random_problem(**options, dtype=torch.float32), scale=256.0)
     assert_as_good_as_eager(problem, attend(problem))
 
 
@@ -104,7 +107,7 @@ def sample(problem, first, last):
     return replace(problem, query=cut[0], key=cut[1], value=cut[2])
 
 
-@pytest.mark.parametrize(("length", "width"), [(16, 64), (100, 40), (300, 64)])
+@pytest.mark.parametrize(("length", "width"), [(16, 64), (100, 40), (300, 64), (16, 72), (100, 80), (300, 72)])
 def test_a_sample_does_not_see_its_batch(length, width):
     problem = random_problem(batch=5, length=length, keys=length, width=width, value_width=width, dtype=torch.float32)
     whole = attend(problem)

@@ -1,7 +1,8 @@
-"""Dual attention on CPU: torch's matrix products on chunks of the scores, the dual softmax of C++ in between.
+"""Dual attention on CPU: one kernel for narrow heads; else torch's matrix products, the dual softmax of C++ in between.
 
-A chunk is a block of queries of one head, or a few whole heads where these are small; its scores and their tangents
-stay in the cache. Queries that share a key head (grouped-query attention) are one longer block of queries to it.
+The products go over chunks of the scores. A chunk is a block of queries of one head, or a few whole heads where these
+are small; its scores and their tangents stay in the cache. Queries that share a key head (grouped-query attention) are
+one longer block of queries to it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _native = native()
 CHUNK_BYTES = 4 * 2**20  # scores and their tangents that are held at a time
 CAUSAL_BLOCKS = 4  # that are taken together under a causal mask: they reach as far as the last of them
 LEAST_ROWS = 128  # of a block, below which matrix products are slow
+NARROW_COLUMNS = 64  # of a head at most, for the kernel that keeps queries in the lanes of vectors
+LANES = 16
 
 
 def _dense(tensor: Tensor, is_dual: bool, dtype: torch.dtype, heads: int, rows: int) -> list[Tensor]:
@@ -79,6 +82,10 @@ def launch_cpu(
     if keys == 0:
         out.zero_()
         return
+    columns = max(query.shape[-1], value.shape[-1])
+    if mask is None and not causal and _is_narrow(heads // key_heads * length, columns):
+        _launch_narrow(query, key, value, query_dual, key_dual, value_dual, scale, out)
+        return
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     groups, rows = batch * key_heads, heads // key_heads * length
     q = _dense(query, query_dual, dtype, groups, rows)
@@ -111,6 +118,45 @@ def launch_cpu(
         sizes = (planes - 1, shape[1] * shape[2], reach, first)
         _native.dual_attention_cpu(scores.data_ptr(), DTYPE_NUMBERS[dtype], *sizes, *where, threads)
         _outputs(outputs, s, all_values)
+    if result is not out:
+        out.copy_(result)
+
+
+def _is_narrow(rows: int, columns: int) -> bool:
+    """Whether the kernel for narrow heads is the faster one; only a head's shape may decide (docs/performance.md).
+
+    Its vectors hold 16 of the rows that share a key head, the last of them what is left. Up to 8 columns, torch's
+    products are so slow that half a vector is enough.
+    """
+    if columns <= 8:
+        return rows >= LANES // 2
+    return columns <= NARROW_COLUMNS and 5 * rows >= 4 * LANES * -(-rows // LANES)
+
+
+def _launch_narrow(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_dual: bool,
+    key_dual: bool,
+    value_dual: bool,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """All of a call without mask, in one kernel that takes any strides but those of columns."""
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    tensors = [x.to(dtype) for x in (query, key, value)]
+    tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+    result = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype)
+    operands = (
+        (x.data_ptr(), dual, *(x.stride() if dual else (0, *x.stride()))[:4])
+        for x, dual in zip(tensors, (query_dual, key_dual, value_dual), strict=True)
+    )
+    planes, batch, heads, length, value_width = out.shape
+    sizes = (planes - 1, batch, heads, key.shape[-3], length, key.shape[-2], key.shape[-1], value_width)
+    _native.dual_narrow_attention_cpu(
+        *operands, result.data_ptr(), DTYPE_NUMBERS[dtype], *sizes, scale, torch.get_num_threads()
+    )
     if result is not out:
         out.copy_(result)
 
