@@ -41,7 +41,7 @@ def test_without_the_score_comes_to_the_same_as_steps_shrink() -> None:
     flow = mixture()
     latents = flow.sample(6, FIRST, seed=2)
     gaps = []
-    for steps in (100, 200):
+    for steps in (50, 100):
         grid = lam_grid(FIRST, LAST, steps)
         pair = [fd.score_alignment(flow, latents, grid, use_score=use_score) for use_score in (True, False)]
         gaps.append(float((pair[0] - pair[1]).abs().mean()))
@@ -97,7 +97,7 @@ def test_a_trained_networks_layers() -> None:
     assert result.cosine is not None
     assert bool((result.cosine.abs() <= 1.0).all())
     assert torch.equal(result.cosine.sign(), result.value.sign())
-    assert torch.equal(result.x, fd.sample(fd.Flow(model.double(), fd.VP()), latents, grid).x)
+    torch.testing.assert_close(result.x, fd.sample(fd.Flow(model.double(), fd.VP()), latents, grid).x)
 
 
 @pytest.mark.parametrize("use_score", [True, False])

@@ -11,7 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdensity.figures import grey_levels, png_bytes, save_curves, save_picture_grid
+from fastdensity.figures import (
+    aligned_fraction,
+    alignment_figure,
+    grey_levels,
+    png_bytes,
+    save_curves,
+    save_picture_grid,
+)
 
 
 def noise(*shape: int) -> Tensor:
@@ -106,3 +113,21 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(OSError, match="taken"):
         save_curves(tmp_path / "taken", [0.4], noise(1, 2), noise(1, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_the_histogram_of_alignment_counts_both_signs(tmp_path: Path) -> None:
+    cosine = torch.tensor([0.9, 0.5, -0.3, torch.nan, 0.1])
+    alignment_figure(tmp_path / "alignment.png", cosine)
+    pixels = numpy.asarray(Image.open(tmp_path / "alignment.png").convert("RGB")).reshape(-1, 3)
+    for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
+        assert (pixels == colour).all(axis=1).sum() > 100
+    assert [path.name for path in tmp_path.iterdir()] == ["alignment.png"]
+    fraction, error = aligned_fraction(torch.tensor([1.0, 2.0, -1.0, 3.0]))
+    assert fraction == 0.75
+    assert error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+
+
+@pytest.mark.parametrize("cosine", [torch.zeros(2, 2), torch.full((3,), torch.nan), torch.zeros(0)])
+def test_the_histogram_refuses(tmp_path: Path, cosine: Tensor) -> None:
+    with pytest.raises(ValueError, match="cosine must have shape"):
+        alignment_figure(tmp_path / "alignment.png", cosine)

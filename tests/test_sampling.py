@@ -467,7 +467,7 @@ NOISY = fd.StochasticDensityGuidance(0.4, noise=lambda lam: 0.3)
         ({"grid": [math.nan, 0.0]}, ValueError, "grid must be finite log-SNR values"),
         ({"grid": [-2e3, 0.0]}, ValueError, r"at lam = -2000.0 VP\(\) has alpha = 0.0 and sigma = 1.0"),
         ({"grid": [True, False]}, TypeError, "grid must hold real numbers"),
-        ({"solver": "rk4"}, ValueError, "solver must be one of euler, ddim, heun, dpmpp_2m, got str 'rk4'"),
+        ({"solver": "rk4"}, ValueError, "solver must be one of euler, ddim, heun, dpmpp_2m, dopri5, got str 'rk4'"),
         ({"solver": None}, ValueError, "solver must be one of"),
         ({"guidance": 0.4}, TypeError, "guidance must be DensityGuidance, .* got float 0.4"),
         (
