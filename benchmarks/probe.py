@@ -1,6 +1,6 @@
 """Probes and their forms on the CPU against plain torch: `python -m benchmarks.run probe`.
 
-Making: rivals are torch's own generators, which are neither keyed by sample nor the same in another batch. Forms z.(J z):
+Making: rivals are torch's own generators, neither keyed by sample nor the same in another batch. Forms z.(J z):
 a rival draws z as it would have to, multiplies and sums, eagerly or by torch.compile; "probes given" is a rival that
 kept the probes of the first layer in memory and draws nothing. Floor: torch's fill of the result, or its sum of the
 products.

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdensity.boundary import check_integer, check_sample_ids, check_state, describe
-from fastdensity.reference.probe import STREAM_MEASURE, rademacher
-from fastdensity.reference.probe import STREAM_STEER as STREAM_STEER  # for those who import it from here
+from fastdensity.reference.probe import STREAM_MEASURE as STREAM_MEASURE
+from fastdensity.reference.probe import STREAM_STEER as STREAM_STEER
+from fastdensity.reference.probe import rademacher as rademacher
 from fastdensity.sums import pairwise_sum, row_dot, row_sum
 
 METHODS = ("exact", "hutchinson")
