@@ -1,4 +1,7 @@
-"""Run a benchmark, print its table, write its JSON: `python -m benchmarks.run rows|jvp [--rounds N] [--out FILE]`."""
+"""Run a benchmark, print its table, write its JSON.
+
+`python -m benchmarks.run rows|jvp|probe [--rounds N] [--out FILE]`.
+"""
 
 from __future__ import annotations
 
@@ -68,17 +71,22 @@ def print_table(records: list[dict[str, Any]]) -> None:
             ("fastdensity, out=", "torch.compile, out="),
             ("fastdensity", "torch.compile"),
             ("fastdensity", "tuned eager"),
+            ("fastdensity", "eager"),
+            ("fastdensity", "torch"),
         ):
             if ours in seconds and rival in seconds:
                 print(f"  {ours} over {rival}: {seconds[rival] / seconds[ours]:.2f}x")
 
 
 def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]:
-    from benchmarks import jvp, rows
+    from benchmarks import jvp, probe, rows
 
     if benchmark == "jvp":
         records = jvp.run(rounds or jvp.ROUNDS, slow)
         jvp.print_table(records)
+    elif benchmark == "probe":
+        records = probe.run(rounds or 15)
+        print_table(records)
     else:
         records = rows.run(rounds or 30)
         print_table(records)
@@ -87,8 +95,8 @@ def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("benchmark", choices=["rows", "jvp"])
-    parser.add_argument("--rounds", type=int, default=None, help="default: 30 for rows, 15 for jvp")
+    parser.add_argument("benchmark", choices=["rows", "jvp", "probe"])
+    parser.add_argument("--rounds", type=int, default=None, help="default: 30 for rows, 15 for jvp and probe")
     parser.add_argument("--slow", action="store_true", help="jvp: also rivals that compile for minutes")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (default: benchmarks/results/NAME-cpu.json)")
     options = parser.parse_args()

@@ -183,7 +183,7 @@ def test_a_full_hadamard_set_gives_the_trace(n):
         assert torch.equal(second, order * torch.eye(n, dtype=torch.float64).expand(2, n, n))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 100, 200])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 40, 200])
 def test_hadamard_rows_are_permutations(n):
     order = 1 << reference.hadamard_order(n)
     ids = torch.arange(3)
@@ -350,7 +350,7 @@ def test_derivatives(distribution):
     def function(values):
         return formed(distribution, values, 1, ids)
 
-    assert torch.autograd.gradcheck(function, products)
+    assert torch.autograd.gradcheck(function, products, fast_mode=True)
     (gradient,) = torch.autograd.grad(function(products).sum(), products)
     torch.testing.assert_close(gradient, z)
     tangent = random_products(2, 3, 7, torch.float64).flip(0)
@@ -367,7 +367,7 @@ def test_derivatives(distribution):
 def test_operators_pass_opcheck(distribution):
     operators = torch.ops.fastdensity
     torch.library.opcheck(operators.make_probes.default, (3, IDS, 1, 0, 2, 9, distribution, STREAM, torch.float32))
-    for products in (random_products(2, 5, 9), random_products(2, 5, 9).requires_grad_(distribution == "sphere")):
+    for products in (random_products(2, 5, 9), random_products(2, 5, 9).requires_grad_(distribution == "rademacher")):
         torch.library.opcheck(operators.probe_forms.default, (products, 3, IDS, 1, 0, distribution, STREAM))
 
 
