@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fastdensity as fd
-from fastdensity import _backend, digits, experiment
+from fastdensity import _backend, cli_bench, digits, experiment
 from fastdensity.experiment import Finished
 from fastdensity.solvers import SOLVERS
 
@@ -37,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_bench.app, name="bench")
 
 
 @app.command()
