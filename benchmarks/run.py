@@ -1,4 +1,4 @@
-"""Run a benchmark, print its table, write its JSON: `python -m benchmarks.run rows|jvp [--rounds N] [--out FILE]`."""
+"""Run a benchmark, print its table, write its JSON: `python -m benchmarks.run rows|jvp|divergence [--rounds N] [--out FILE]`."""
 
 from __future__ import annotations
 
@@ -74,11 +74,14 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 
 def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]:
-    from benchmarks import jvp, rows
+    from benchmarks import divergence, jvp, rows
 
     if benchmark == "jvp":
         records = jvp.run(rounds or jvp.ROUNDS, slow)
         jvp.print_table(records)
+    elif benchmark == "divergence":
+        records = divergence.run(rounds or divergence.ROUNDS, slow)
+        divergence.print_table(records)
     else:
         records = rows.run(rounds or 30)
         print_table(records)
@@ -87,9 +90,9 @@ def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("benchmark", choices=["rows", "jvp"])
-    parser.add_argument("--rounds", type=int, default=None, help="default: 30 for rows, 15 for jvp")
-    parser.add_argument("--slow", action="store_true", help="jvp: also rivals that compile for minutes")
+    parser.add_argument("benchmark", choices=["rows", "jvp", "divergence"])
+    parser.add_argument("--rounds", type=int, default=None, help="default: 30 for rows, 15 for jvp, 7 for divergence")
+    parser.add_argument("--slow", action="store_true", help="jvp, divergence: also rivals that compile for minutes")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (default: benchmarks/results/NAME-cpu.json)")
     options = parser.parse_args()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,24 @@ def save_pareto(path: str | Path, title: str, records: list[Record]) -> None:
                 drawn += 1
             for record in (record for record in members if record.rmse == 0):
                 _exact(axes, record)
+        _ticks(axes)
         axes.set_xlabel("time per sample  (ms)")
         axes.set_ylabel("RMS error of the divergence")
         axes.set_title(f"{title}: numbers are products per sample", fontsize=9, loc="left")
         axes.grid(alpha=0.25, linewidth=0.6, which="both")
         figure.legend(loc="outside right upper", frameon=False)
+
+
+def _ticks(axes: Axes) -> None:
+    """Written out, and as many as the axis' range leaves room for; after everything is drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for axis, (lower, upper) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        decades = math.log10(upper / lower)
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _family(axes: Axes, family: str, points: list[Record], colour: str, marker: str) -> None:

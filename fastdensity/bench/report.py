@@ -12,15 +12,17 @@ from fastdensity.bench.divergence import Record, Reference
 
 COLUMNS = ("", "method", "k", "RMSE", "%", "bias/se", "bar/RMSE", "ms", "MiB")
 LEGEND = (
-    "k: products per sample; %: RMSE over the RMS of the divergence; bias over its standard error; RMS error bar over\n"
-    "RMSE, 1 is honest; ms per sample; MiB: peak of a call on all states. *: nothing is both faster and more accurate."
+    "k: products per sample; %: RMSE over the RMS of the divergence; bias over its standard error; RMS error bar over "
+    "RMSE, 1 is honest; ms per sample; MiB: peak of a call on all states; *: nothing is both faster and more accurate"
 )
 
 
 def table_of(title: str, records: list[Record]) -> Table:
     """One row per record, the fastest first; a star marks those on the Pareto front. It fits 80 columns."""
-    table = Table(*COLUMNS, title=title, title_justify="left", caption=LEGEND, caption_justify="left", box=SIMPLE_HEAD)
-    table.columns[1].no_wrap = True
+    left: Any = {"title_justify": "left", "caption_justify": "left"}
+    table = Table(*COLUMNS, title=title, caption=LEGEND, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **left)
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for record in sorted(records, key=_order):
