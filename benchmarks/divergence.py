@@ -18,7 +18,7 @@ import fastdensity as fd
 from benchmarks import divergence_cases, divergence_peers
 from benchmarks.divergence_cases import Case
 from benchmarks.divergence_peers import OURS, Peer
-from benchmarks.harness import measure
+from benchmarks.harness import Variant, measure
 from fastdensity.bench.memory import peak_bytes
 from fastdensity.ops.probe import make_probes
 from fastdensity.reference.probe import STREAM_MEASURE
@@ -121,10 +121,8 @@ def exact_record(case: Case, rounds: int) -> Record:
     return _timed(f"{case.name}, exact", peers, *gate(peers, expected, None), rounds)
 
 
-def _timed(
-    name: str, peers: dict[str, Peer], errors: dict[str, float], failed: dict[str, str], rounds: int
-) -> Record:
-    right = {name: peer for name, peer in peers.items() if name not in failed}
+def _timed(name: str, peers: dict[str, Peer], errors: dict[str, float], failed: dict[str, str], rounds: int) -> Record:
+    right: dict[str, Variant] = {name: peer for name, peer in peers.items() if name not in failed}
     peaks = {name: peak_bytes(peer) for name, peer in right.items()}
     timing = measure(right, _rounds_for(right, rounds), patience=2)
     seconds = timing.medians()
@@ -145,7 +143,7 @@ def _timed(
     }
 
 
-def _rounds_for(peers: dict[str, Peer], most: int) -> int:
+def _rounds_for(peers: dict[str, Variant], most: int) -> int:
     """As many as CASE_SECONDS hold; a round runs everything at least twice."""
     start = time.perf_counter()
     for peer in peers.values():
@@ -229,7 +227,11 @@ def print_table(records: list[Record]) -> None:
             share = f"{value / seconds[OURS]:6.2f} x fastdensity's time"
             print(f"  {name:28s} {value * 1e3:10.2f} ms  {share}  {record['peak_bytes'][name] / 2**20:8.1f} MiB")
         for name, count in record.get("products", {}).items():
-            at = "" if name != "colour" else f" ({record['colours']} colours, measured {record['relative_errors'][name]:.2%})"
+            at = (
+                ""
+                if name != "colour"
+                else f" ({record['colours']} colours, measured {record['relative_errors'][name]:.2%})"
+            )
             print(f"  {name:28s} {count:6d} of {record['elements']} products{at}")
         for name, why in record.get("failed", {}).items():
             print(f"  {name:28s} failed: {why}")

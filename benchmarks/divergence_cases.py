@@ -79,7 +79,8 @@ def unet() -> Case:
     made = jvp_cases.unet()
     assert made.module is not None
     made.module.requires_grad_(False)
-    return Case(made.name, Sample(made.module), *made.primals, slow_to_compile=True)
+    x, time = made.primals
+    return Case(made.name, Sample(made.module), x, time, slow_to_compile=True)
 
 
 def makes() -> list[Callable[[], Case]]:
@@ -88,18 +89,21 @@ def makes() -> list[Callable[[], Case]]:
 
 # -- denoisers: how many products to one per cent? ------------------------------------------------------------------------
 class LocalNetwork(nn.Module):
-    """Three 3 x 3 convolutions of random weights: an element sees a window of 7 x 7."""
+    """x / 2 and three 3 x 3 convolutions of random weights that keep the scale: an element sees a window of 7 x 7."""
 
     def __init__(self, channels: int = 1, width: int = 16) -> None:
         super().__init__()
         sizes = (channels, width, width, channels)
         self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
+        for parameter in self.layers.parameters():
+            if parameter.dim() == 4:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         hidden = x
         for index, layer in enumerate(self.layers):
-            hidden = layer(functional.silu(hidden) if index else hidden)
-        return x + hidden
+            hidden = layer(hidden.tanh() if index else hidden)
+        return x / 2 + hidden
 
 
 class PatchDenoiser(nn.Module):

@@ -98,7 +98,8 @@ def forms(case: Case, probes: Tensor) -> Tensor:
     """z.(J z) for each probe (k, B, *), (k, B) in float64, by torch.func.jvp in float64."""
     wide = case.double()
     with torch.no_grad(), helped():
-        return torch.stack([_dot(z, one_jvp(wide.fn, (wide.x,), z)[1]) for z in probes.double()])
+        products = [one_jvp(wide.fn, (wide.x,), z)[1] for z in probes.double()]
+    return torch.stack([_dot(z, product) for z, product in zip(probes.double(), products, strict=True)])
 
 
 def _mean(one: One, count: int) -> Tensor:
@@ -136,7 +137,7 @@ def _backwards(case: Case, count: int) -> Tensor:
 
 def _torchcfm(case: Case) -> Tensor:
     def form(x: Tensor, eps: Tensor, time: Tensor) -> Tensor:
-        _, pull = torch.func.vjp(lambda at: case.module(at[None], time[None])[0], x)
+        pull: Any = torch.func.vjp(lambda at: case.module(at[None], time[None])[0], x)[1]
         return (pull(eps)[0] * eps).sum()
 
     return torch.func.vmap(form)(case.x, draw(case.x), case.time)

@@ -112,7 +112,7 @@ def divergence(
             for line in left_out:
                 typer.echo(f"{subject.name}: left out {line}", err=True)
             if not listed:
-                cli._fail(f"{subject.name}: no method is left to measure")
+                raise ValueError("no method is left to measure")
             _measure(subject, listed, (reference, max(counts), trials, rounds, seed), finished)
     except KeyboardInterrupt:
         interrupted = True

@@ -48,7 +48,9 @@ def digits_subject(
     if not lam >= LAM_NOISE:
         raise ValueError(f"lam must be at least {LAM_NOISE:g}, where sampling starts, got {lam:g}")
     flow = load_digits_flow(checkpoint, device)
-    return Subject(f"digits, lam = {lam:g}", flow.drift, digits_states(flow, lam, samples, seed), (_rows(lam, samples),))
+    return Subject(
+        f"digits, lam = {lam:g}", flow.drift, digits_states(flow, lam, samples, seed), (_rows(lam, samples),)
+    )
 
 
 def digits_states(flow: Flow, lam: float, samples: int, seed: int) -> Tensor:
