@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastdensity.bench.memory import reset_peak, resident_peak
 
 VARIANTS = ("fastdensity", "func.jvp", "vmap(jvp)")
 ROOT = Path(__file__).parent.parent
@@ -45,25 +45,9 @@ def measure(name: str, tokens: int) -> int:
     vectors = torch.randn(1, *x.shape)
     run(small, small[None])
     fd.trace_jvp(packed_attention, (x,))
-    before = _reset_peak()
+    before = reset_peak()
     run(x, vectors)
-    return _peak() - before
-
-
-def _reset_peak() -> int:
-    """Bytes now resident, which the peak starts from; where the system does not let it, the peak so far."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    """The most that was resident. getrusage knows it too, but also what the parent held before this process began."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return resident_peak() - before
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def _plain_group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
     rows = rows - rows.mean(-1, keepdim=True)
     rows = rows * torch.rsqrt((rows * rows).mean(-1, keepdim=True) + self.eps)
     channels = (-1, *(1,) * (x.dim() - 2))
+    if not self.affine:
+        return rows.reshape(x.shape)
     return rows.reshape(x.shape) * self.weight.view(channels) + self.bias.view(channels)
 
 

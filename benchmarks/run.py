@@ -1,6 +1,6 @@
 """Run a benchmark, print its table, write its JSON.
 
-`python -m benchmarks.run rows|jvp|probe [--rounds N] [--out FILE]`.
+`python -m benchmarks.run rows|jvp|probe|divergence [--rounds N] [--out FILE]`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 
 def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]:
-    from benchmarks import jvp, probe, rows
+    from benchmarks import divergence, jvp, probe, rows
 
     if benchmark == "jvp":
         records = jvp.run(rounds or jvp.ROUNDS, slow)
@@ -87,6 +87,9 @@ def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]
     elif benchmark == "probe":
         records = probe.run(rounds or 15)
         print_table(records)
+    elif benchmark == "divergence":
+        records = divergence.run(rounds or divergence.ROUNDS, slow)
+        divergence.print_table(records)
     else:
         records = rows.run(rounds or 30)
         print_table(records)
@@ -95,9 +98,9 @@ def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("benchmark", choices=["rows", "jvp", "probe"])
-    parser.add_argument("--rounds", type=int, default=None, help="default: 30 for rows, 15 for jvp and probe")
-    parser.add_argument("--slow", action="store_true", help="jvp: also rivals that compile for minutes")
+    parser.add_argument("benchmark", choices=["rows", "jvp", "probe", "divergence"])
+    parser.add_argument("--rounds", type=int, default=None, help="default: 30 rows, 15 jvp and probe, 7 divergence")
+    parser.add_argument("--slow", action="store_true", help="jvp, divergence: also rivals that compile for minutes")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (default: benchmarks/results/NAME-cpu.json)")
     options = parser.parse_args()
     with torch.no_grad():

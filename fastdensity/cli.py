@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fastdensity as fd
-from fastdensity import _backend, digits, experiment
+from fastdensity import _backend, cli_bench, digits, experiment
 from fastdensity.cli_align import align
 from fastdensity.cli_options import (
     BAD_INPUT,
@@ -41,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(align)
+app.add_typer(cli_bench.app, name="bench")
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""How the estimators of the divergence compare: measurements behind `fastdensity bench`, timing and memory for all."""
