@@ -132,10 +132,9 @@ class _TraceBuilder(Builder):
             forms = self.call(_forms, self.call(operator.getitem, stacked, slice(1, None)), *key)
         else:
             stacked, weight, bias, _ = self.new[last].args
-            value = self.call(aten.linear.default, self.call(operator.getitem, stacked, 0), weight, bias)
-            value = self.call(aten.view_as.default, value, self._first)
-            tangents = self.call(operator.getitem, stacked, slice(1, None))
-            forms = self.call(dual_linear_trace, tangents, weight, *key)
+            both = self.call(dual_linear_trace, stacked, weight, bias, *key)
+            value = self.call(aten.view_as.default, self.call(operator.getitem, both, 0), self._first)
+            forms = self.call(operator.getitem, both, 1)
         self.graph.output((value, forms))
 
 

@@ -1,7 +1,7 @@
 """The ends of a trace graph: linear layers with probes made inside.
 
-    stack = dual_linear_probe(x, W, b, ...)        # [act(x W^T + b); act' * (z_k W^T)], z never in memory
-    forms = dual_linear_trace(tangents, W, ...)    # z_k . (t_k W^T), neither z nor the product in memory
+    stacked = dual_linear_probe(x, W, b, ...)         # [act(x W^T + b); act' * (z_k W^T)], z never in memory
+    y, forms = dual_linear_trace([h; t], W, b, ...)   # h W^T + b and z_k . (t_k W^T): neither z nor t_k W^T in memory
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ def _empty_stack(
 
 
 def _empty_forms(
-    tangents: Tensor,
+    stacked: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: int,
     sample_ids: Tensor,
     step: int,
     first: int,
     distribution: str,
     stream: int,
-) -> Tensor:
-    sizes = reference.traced_shape(tangents, weight, sample_ids)
-    return torch.empty(sizes, dtype=torch.float64, device=tangents.device)
+) -> tuple[Tensor, Tensor]:
+    planes, rows, columns = reference.traced_shape(stacked, weight, bias, sample_ids)
+    value = torch.empty((rows, columns), dtype=stacked.dtype, device=stacked.device)
+    return value, torch.empty((planes - 1, rows), dtype=torch.float64, device=stacked.device)
 
 
 _probe = define(
@@ -57,11 +59,12 @@ _probe = define(
 )
 _trace = define(
     "dual_linear_trace",
-    "Tensor tangents, Tensor weight, SymInt seed, Tensor sample_ids, SymInt step, SymInt first, str distribution, "
-    "SymInt stream",
+    "Tensor stacked, Tensor weight, Tensor? bias, SymInt seed, Tensor sample_ids, SymInt step, SymInt first, "
+    "str distribution, SymInt stream",
     reference.dual_linear_trace,
     _empty_forms,
     room="trace_linear",
+    results=2,
 )
 
 
@@ -96,37 +99,39 @@ def dual_linear_probe(
         TypeError: a weight or bias of another dtype than x.
     """
     _check(distribution, first, count)
-    return _probe(
-        x, weight, bias, activation, seed, sample_ids, step, first, count, columns, distribution, stream
-    )
+    key = (seed, sample_ids, step, first, count, columns, distribution, stream)
+    stacked: Tensor = _probe(x, weight, bias, activation, *key)
+    return stacked
 
 
 def dual_linear_trace(
-    tangents: Tensor,
+    stacked: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: int,
     sample_ids: Tensor,
     step: int,
     first: int,
     distribution: str,
     stream: int,
-) -> Tensor:
-    """z_k . (t_k W^T), a number a sample and probe, where a linear layer is a network's last.
+) -> tuple[Tensor, Tensor]:
+    """h W^T + b, and z_k . (t_k W^T), a number a sample and probe, where a linear layer is a network's last.
 
     Args:
-        tangents: (K, B, C), those of the layer's input; tangents[k] goes with probe first + k.
-        weight: plain, (N, C); a probe has N elements. The layer's bias has no part in a tangent.
+        stacked: the dual (1 + K, B, C) of the layer's input; tangent k goes with probe first + k.
+        weight, bias: plain, (N, C) and (N,) or None; a probe has N >= 1 elements.
         seed, sample_ids, step, first, stream: the probes, as in `fastdensity.ops.probe.make_probes`.
         distribution: "rademacher", "normal" or "hadamard".
 
     Returns:
-        (K, B) in float64. Linear in `tangents` and in `weight`, and differentiable by them in both modes.
+        The value (B, N) and the forms (K, B) in float64, which are linear in the tangents and in `weight`.
 
     Raises:
         ValueError, TypeError: as `dual_linear_probe`.
     """
-    _check(distribution, first, tangents.shape[0])
-    return _trace(tangents, weight, seed, sample_ids, step, first, distribution, stream)
+    _check(distribution, first, stacked.shape[0] - 1)
+    value, forms = _trace(stacked, weight, bias, seed, sample_ids, step, first, distribution, stream)
+    return value, forms
 
 
 def _check(distribution: str, first: int, count: int) -> None:

@@ -28,16 +28,17 @@ def probed_shape(
     return result_shape(x.expand(1 + count, *x.shape), weight, bias, activation)
 
 
-def traced_shape(tangents: Tensor, weight: Tensor, sample_ids: Tensor) -> tuple[int, ...]:
-    """(K, B); ValueError or TypeError where the arguments do not fit together."""
-    if tangents.dim() != 3 or tangents.shape[1] != sample_ids.shape[0]:
-        wanted = f"(K, B, C) with B = {sample_ids.shape[0]} sample ids"
-        raise ValueError(f"tangents must be {wanted}, got {describe(tangents)}")
-    if weight.dim() != 2 or weight.shape[1] != tangents.shape[2]:
-        raise ValueError(f"weight must be (N, {tangents.shape[2]}), got {describe(weight)}")
-    if weight.dtype != tangents.dtype:
-        raise TypeError(f"weight must be {tangents.dtype} like tangents, got {describe(weight)}")
-    return (tangents.shape[0], tangents.shape[1])
+def traced_shape(
+    stacked: Tensor, weight: Tensor, bias: Tensor | None, sample_ids: Tensor
+) -> tuple[int, ...]:
+    """(1 + K, B, N) of the layer's result; ValueError or TypeError where the arguments do not fit together."""
+    if stacked.dim() != 3 or stacked.shape[1] != sample_ids.shape[0]:
+        wanted = f"(1 + K, B, C) with B = {sample_ids.shape[0]} sample ids"
+        raise ValueError(f"stacked must be {wanted}, got {describe(stacked)}")
+    sizes = result_shape(stacked, weight, bias, "none")
+    if sizes[2] == 0:
+        raise ValueError("weight must have a row for each element of a probe, got none")
+    return sizes
 
 
 def dual_linear_probe(
@@ -61,17 +62,21 @@ def dual_linear_probe(
 
 
 def dual_linear_trace(
-    tangents: Tensor,
+    stacked: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: int,
     sample_ids: Tensor,
     step: int,
     first: int,
     distribution: str,
     stream: int,
-) -> Tensor:
-    """(K, B) in float64; the arguments are those of `fastdensity.ops.trace_linear`."""
-    return probe_forms(functional.linear(tangents, weight), seed, sample_ids, step, first, distribution, stream)
+) -> tuple[Tensor, Tensor]:
+    """(B, N), and (K, B) in float64, in torch; the arguments are those of `fastdensity.ops.trace_linear`."""
+    traced_shape(stacked, weight, bias, sample_ids)
+    value = functional.linear(stacked[0], weight, bias)
+    products = functional.linear(stacked[1:], weight)
+    return value, probe_forms(products, seed, sample_ids, step, first, distribution, stream)
 
 
 def dual_linear_probe_torch(
@@ -95,15 +100,19 @@ def dual_linear_probe_torch(
 
 
 def dual_linear_trace_torch(
-    tangents: Tensor,
+    stacked: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: int,
     sample_ids: Tensor,
     step: int,
     first: int,
     distribution: str,
     stream: int,
-    out: Tensor,
+    value: Tensor,
+    forms: Tensor,
 ) -> None:
-    """Compute into `out`, of any device."""
-    out.copy_(dual_linear_trace(tangents, weight, seed, sample_ids, step, first, distribution, stream))
+    """Compute into `value` and `forms`, of any device."""
+    results = dual_linear_trace(stacked, weight, bias, seed, sample_ids, step, first, distribution, stream)
+    value.copy_(results[0])
+    forms.copy_(results[1])
