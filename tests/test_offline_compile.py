@@ -32,8 +32,9 @@ KERNELS = {
     "dual_norm": {"whole_rows", "split_rows"},
     "dual_softmax": {"whole_rows", "long_rows"},
     "dual_attention": {"attend"},
+    "trace_linear": {"probe_tiles", "form_tiles", "add_partials"},
 }
-MATRIX_ROOMS = ["dual_conv", "dual_linear", "dual_attention"]
+MATRIX_ROOMS = ["dual_conv", "dual_linear", "dual_attention", "trace_linear"]
 # bytes a block may have: A100, H100, B200, MI300
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -54,7 +55,7 @@ def mine(kernels, room, target) -> list[Resources]:
 
 
 def test_every_launcher_is_compiled_here():
-    files = [*ROOT.glob("triton_kernels/dual_*.py"), *ROOT.glob("triton_kernels/rows.py")]
+    files = [*ROOT.glob("triton_kernels/dual_*.py"), *ROOT.glob("triton_kernels/[rt]*.py")]
     assert {file.stem for file in files if re.search(r"def \w+_triton\(", file.read_text())} == set(ROOMS)
 
 

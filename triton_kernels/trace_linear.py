@@ -17,6 +17,8 @@ from fastdensity.triton_kernels.dual_linear import MOST_STAGES, STRIP, TILES, ta
 from fastdensity.triton_kernels.probe import PAIRS
 from fastdensity.triton_kernels.rows import Launch
 
+# two probes of 16 bits beside the value: on tiles of `dual_linear` those of Hadamard's matrix spill
+PROBE_TILES = TILES | {(2, 3): TILES[2, 4]}
 MOST_PLANES = 3  # of a program of the last layer
 PAIRS_AT_ONCE, TILES_AT_ONCE = 16, 64
 
@@ -32,7 +34,7 @@ def probe_plan(
     inputs = x.shape[1]
     group = tangents_per_program(tangents, activation)
     products = (1 + group) * (2 if activation == "geglu" else 1)
-    block_m, block_n, block_k, warps, stages = TILES[x.element_size(), products]
+    block_m, block_n, block_k, warps, stages = PROBE_TILES[x.element_size(), products]
     numbers = (seed, step, stream, first, hadamard_order(moved))
     arguments = (out, x, weight, bias, ids, chosen, rows, columns, inputs, moved, tangents, *numbers)
     constants = {

@@ -26,13 +26,15 @@ def _probe_number(probe, stream, order, DISTRIBUTION: tl.constexpr):
     """What stands for a probe in Philox's counter: as `probe_kernels._pair_number`."""
     if DISTRIBUTION == "hadamard":
         return (stream + 0xFFFFFF - (probe >> order)).to(tl.uint32)
-    return (stream + probe).to(tl.uint32)
+    else:
+        return (stream + probe).to(tl.uint32)
 
 
 @triton.jit
 def _sign_tile(seed, sample_ids, step, number, hadamard_row, start, DISTRIBUTION: tl.constexpr, DTYPE: tl.constexpr,
                WIDTH: tl.constexpr):  # fmt: skip
     """Signs of elements start .. start + WIDTH - 1 of each row; `start` is a multiple of WIDTH, which divides 128."""
+    start = tl.zeros([], tl.int32) + start  # the interpreter has a Python number
     block = (start // 128).to(tl.uint32)
     word_0, word_1, word_2, word_3 = tl.philox(seed, block + sample_ids * 0, number, step.to(tl.uint32), sample_ids)
     if DISTRIBUTION == "hadamard":
@@ -78,7 +80,8 @@ def _probe_tile(seed, sample_ids, step, number, hadamard_row, start, DISTRIBUTIO
                 WIDTH: tl.constexpr):  # fmt: skip
     if DISTRIBUTION == "normal":
         return _normal_tile(seed, sample_ids, step, number, start, DTYPE, WIDTH)
-    return _sign_tile(seed, sample_ids, step, number, hadamard_row, start, DISTRIBUTION, DTYPE, WIDTH)
+    else:
+        return _sign_tile(seed, sample_ids, step, number, hadamard_row, start, DISTRIBUTION, DTYPE, WIDTH)
 
 
 @triton.jit
@@ -86,7 +89,8 @@ def _hadamard_rows(hadamard_rows, plane, row, row_mask, rows, DISTRIBUTION: tl.c
     """Each sample's row of Sylvester's matrix for one probe; of other distributions anything."""
     if DISTRIBUTION == "hadamard":
         return tl.load(hadamard_rows + plane.to(tl.int64) * rows + row, mask=row_mask, other=0)
-    return row
+    else:
+        return row
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from fastdensity.ops.dual_linear_native import multiply
 from fastdensity.ops.probe_native import make_probes_cpu, probe_forms_cpu
 from fastdensity.reference.dual_linear import epilogue
 
-SCRATCH_BYTES = 1 << 20
+SCRATCH_BYTES = 1 << 22
 
 
 class Block(NamedTuple):
