@@ -278,13 +278,13 @@ def trace_linear(target: str, brief: bool) -> list[DualCase]:
     """Both ends, each kind of probe in each width of a tile."""
     found = [
         *_trace_ends("bfloat16", 1, 1_024, 1_024, "rademacher", expects_mma=True),
-        *_trace_ends("bfloat16", 3, 1_024, 1_024, "rademacher", expects_mma=True),
+        *_trace_ends("bfloat16", 2, 1_024, 1_024, "hadamard", expects_mma=True),
         *_trace_ends("float32", 3, 1_024, 1_024, "rademacher"),
     ]
     if not brief or target == "sm_90":
         found += [
             *_trace_ends("bfloat16", 1, 1_024, 1_024, "normal", expects_mma=True),
-            *_trace_ends("bfloat16", 2, 1_024, 1_024, "hadamard", expects_mma=True),
+            *_trace_ends("bfloat16", 3, 1_024, 1_024, "rademacher", expects_mma=True),
             *_trace_ends("float32", 1, 1_024, 1_024, "normal"),
             *_trace_ends("float64", 1, 1_024, 1_024, "rademacher"),
         ]

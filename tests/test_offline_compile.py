@@ -32,7 +32,7 @@ KERNELS = {
     "dual_norm": {"whole_rows", "split_rows"},
     "dual_softmax": {"whole_rows", "long_rows"},
     "dual_attention": {"attend"},
-    "trace_linear": {"probe_tiles", "form_tiles", "add_partials"},
+    "trace_linear": {"choose_rows", "probe_tiles", "form_tiles", "add_partials"},
 }
 MATRIX_ROOMS = ["dual_conv", "dual_linear", "dual_attention", "trace_linear"]
 # bytes a block may have: A100, H100, B200, MI300
