@@ -20,6 +20,10 @@ DEVICE_QUESTIONS: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "dual_chain": lambda module, target: {"WARPS": 2 if _is_amd(target) else 4},
     "dual_linear": lambda module, target: {"plan": partial(module.plan, most_stages=2 if _is_amd(target) else 3)},
     "dual_norm": lambda module, target: {"plan": partial(module.plan, warp=TARGETS[target][2])},
+    "trace_linear": lambda module, target: {
+        name: partial(getattr(module, name), most_stages=2 if _is_amd(target) else 3)
+        for name in ("probe_plan", "form_plan")
+    },
 }
 
 
@@ -48,7 +52,7 @@ class DualCase:
     room: str
     name: str
     arguments: tuple[Any, ...]
-    out: Shape
+    out: Shape | tuple[Shape, ...]  # one or several, which the function takes last
     wide_loads_due: int = 1
     expects_mma: bool = False
     kernels: tuple[str, ...] = ()
@@ -64,7 +68,8 @@ class DualCase:
         arguments = [_made(argument) for argument in self.arguments]
         answers = DEVICE_QUESTIONS[self.room](module, target) if self.room in DEVICE_QUESTIONS else {}
         with patch.multiple(module, **answers) if answers else nullcontext():
-            calls = recorded(lambda: launch(*arguments, self.out.tensor()))
+            outs = self.out if isinstance(self.out, tuple) and not isinstance(self.out, Shape) else (self.out,)
+            calls = recorded(lambda: launch(*arguments, *(_made(out) for out in outs)))
         found = []
         for kernel, given, keywords in calls:
             due = not self.kernels or kernel.__name__ in self.kernels

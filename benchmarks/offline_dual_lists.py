@@ -245,6 +245,59 @@ def dual_attention(target: str, brief: bool) -> list[DualCase]:
     return found
 
 
+def _trace_ends(
+    dtype: str, tangents: int, inputs: int, columns: int, distribution: str, activation: str = "silu", **due: Any
+) -> list[DualCase]:
+    """The first layer, and the last of the same size."""
+    rows, outputs = 2_048, columns * (2 if activation == "geglu" else 1)
+    ids, weight, bias = Shape("int64", (rows,)), Shape(dtype, (outputs, inputs)), Shape(dtype, (outputs,))
+    name = f"{inputs} to {columns}, {dtype}, K={tangents}, {distribution}"
+    first = DualCase(
+        "trace_linear",
+        f"first layer, {name}, {activation}",
+        (Shape(dtype, (rows, inputs)), weight, bias, activation, 1, ids, 0, 0, tangents, inputs, distribution, 0),
+        Shape(dtype, (1 + tangents, rows, columns)),
+        kernels=("probe_tiles",),
+        function="dual_linear_probe_triton",
+        **due,
+    )
+    weight, bias = Shape(dtype, (columns, inputs)), Shape(dtype, (columns,))
+    last = DualCase(
+        "trace_linear",
+        f"last layer, {name}",
+        (Shape(dtype, (1 + tangents, rows, inputs)), weight, bias, 1, ids, 0, 0, distribution, 0),
+        (Shape(dtype, (rows, columns)), Shape("float64", (tangents, rows))),
+        kernels=("form_tiles",),
+        function="dual_linear_trace_triton",
+        **due,
+    )
+    return [first, last]
+
+
+def trace_linear(target: str, brief: bool) -> list[DualCase]:
+    """Both ends, each kind of probe in each width of a tile."""
+    found = [
+        *_trace_ends("bfloat16", 1, 1_024, 1_024, "rademacher", expects_mma=True),
+        *_trace_ends("bfloat16", 2, 1_024, 1_024, "hadamard", expects_mma=True),
+        *_trace_ends("float32", 3, 1_024, 1_024, "rademacher"),
+    ]
+    if not brief or target == "sm_90":
+        found += [
+            *_trace_ends("bfloat16", 1, 1_024, 1_024, "normal", expects_mma=True),
+            *_trace_ends("bfloat16", 3, 1_024, 1_024, "rademacher", expects_mma=True),
+            *_trace_ends("float32", 1, 1_024, 1_024, "normal"),
+            *_trace_ends("float64", 1, 1_024, 1_024, "rademacher"),
+        ]
+    if not brief:
+        found += [
+            *_trace_ends("bfloat16", 8, 1_024, 1_024, "normal", "geglu", expects_mma=True),
+            *_trace_ends("float16", 2, 1_024, 1_024, "hadamard", expects_mma=True),
+            *_trace_ends("float32", 3, 1_024, 1_024, "hadamard"),
+            *_trace_ends("float64", 3, 1_024, 1_024, "normal"),
+        ]
+    return found
+
+
 LISTS: dict[str, Callable[[str, bool], list[DualCase]]] = {
     "dual_conv": dual_conv,
     "dual_chain": dual_chain,
@@ -252,6 +305,7 @@ LISTS: dict[str, Callable[[str, bool], list[DualCase]]] = {
     "dual_norm": dual_norm,
     "dual_softmax": dual_softmax,
     "dual_attention": dual_attention,
+    "trace_linear": trace_linear,
 }
 
 

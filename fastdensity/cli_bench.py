@@ -20,6 +20,7 @@ from fastdensity.bench.divergence import Record, Reference, Variant
 from fastdensity.bench.plot import save_pareto
 from fastdensity.bench.report import json_of, table_of
 from fastdensity.bench.subject import Subject, digits_subject, factory_subject
+from fastdensity.cli_options import INTERRUPTED, fail, parse_device, prepare_folder, versions
 from fastdensity.experiment import write_whole
 from fastdensity.traces.options import DISTRIBUTIONS, METHODS, MOST_MATVECS
 
@@ -83,7 +84,6 @@ def divergence(
     Prints a table for each subject, with a star at what nothing beats in both time and error, and writes
     divergence.json and a Pareto plot. Ctrl-C keeps what was measured.
     """
-    from fastdensity import cli
 
     try:
         for name, value, lowest, highest in (
@@ -99,11 +99,11 @@ def divergence(
         counts = _counts(matvecs)
         if reference not in REFERENCES:
             raise ValueError(f"--reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
-        target = cli._parse_device(device)
+        target = parse_device(device)
         subjects = _subjects(model, checkpoint, lam, shape, samples, seed, target)
-        cli._prepare_folder(out)
+        prepare_folder(out)
     except ValueError as error:
-        cli._fail(str(error))
+        fail(str(error))
     finished: list[Found] = []
     interrupted = False
     try:
@@ -117,19 +117,19 @@ def divergence(
     except KeyboardInterrupt:
         interrupted = True
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:  # of the user's function
-        cli._fail(f"{subject.name}: {error}")
+        fail(f"{subject.name}: {error}")
     settings = {
         "model": model, "checkpoint": None if checkpoint is None else str(checkpoint), "methods": chosen[0],
         "distributions": chosen[1], "matvecs": counts, "sweeps": sweeps, "samples": len(subjects[0].x),
         "trials": trials, "rounds": rounds, "seed": seed, "device": device,
     }  # fmt: skip
     try:
-        _write(out, finished, {"interrupted": interrupted, "settings": settings, "versions": cli._versions()})
+        _write(out, finished, {"interrupted": interrupted, "settings": settings, "versions": versions()})
     except OSError as error:
-        cli._fail(f"--out {out}: writing failed, {error}")
+        fail(f"--out {out}: writing failed, {error}")
     if interrupted:
         typer.echo(f"interrupted: what was measured is in {out}", err=True)
-        raise typer.Exit(cli.INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _measure(

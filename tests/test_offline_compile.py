@@ -33,8 +33,9 @@ KERNELS = {
     "dual_norm": {"whole_rows", "split_rows"},
     "dual_softmax": {"whole_rows", "long_rows"},
     "dual_attention": {"attend"},
+    "trace_linear": {"choose_rows", "probe_tiles", "form_tiles", "add_partials"},
 }
-MATRIX_ROOMS = ["dual_conv", "dual_linear", "dual_attention"]
+MATRIX_ROOMS = ["dual_conv", "dual_linear", "dual_attention", "trace_linear"]
 # bytes a block may have: A100, H100, B200, MI300
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,9 @@ from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.rewrite import rewrite
 from fastdensity.dual.tracing import Traced, trace
 from fastdensity.dual.watch import Watch
+
+if TYPE_CHECKING:
+    from fastdensity.dual.trace_graph import TraceGraph
 
 STORE = "_fastdensity_duals"  # the attribute in which a module keeps its own graphs
 _MOST_GRAPHS = 64
@@ -48,15 +51,31 @@ class Dual:
         self.watch = Watch(captured.modules, captured.objects)
         self.captured = captured  # keeps what the key names alive
         self.device_type = primals[0].device.type
+        self._trace_graph: tuple[TraceGraph | None] | None = None
 
     def run(
         self, fn: Callable[..., Any], primals: tuple[Any, ...], vectors: Tensor, tensors: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The graph on these arguments; what autocast did is in the graph already. `tensors`: what fn closes over."""
+        """The graph on these arguments. `tensors`: what fn closes over."""
+        return self.call(self.graph, primals, vectors, tensors)
+
+    def call(
+        self, graph: fx.GraphModule, primals: tuple[Any, ...], directions: Any, tensors: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """A graph of this function; what autocast did is in it already."""
         if torch.is_autocast_enabled(self.device_type):
             with torch.autocast(self.device_type, enabled=False):
-                return self.graph(primals, vectors, tensors)
-        return self.graph(primals, vectors, tensors)
+                return graph(primals, directions, tensors)
+        return graph(primals, directions, tensors)
+
+    def trace_graph(self) -> TraceGraph | None:
+        """The graph whose result is z.(J z), made when it is first wanted; None where it would save nothing."""
+        if self._trace_graph is None:
+            from fastdensity.dual.trace_graph import build
+
+            with _lock:
+                self._trace_graph = (build(self.traced),)
+        return self._trace_graph[0]
 
     def bound_graph(self, fn: Callable[..., Any]) -> fx.GraphModule:
         """The graph with the closed-over tensors as they are now."""

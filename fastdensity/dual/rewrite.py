@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,9 @@ from torch import Tensor, fx, nn
 from fastdensity.dual import fallback, runtime
 from fastdensity.dual.functional import line_of
 from fastdensity.dual.tracing import Traced
+
+if TYPE_CHECKING:
+    from fastdensity.dual.fusion import Plan
 
 aten = torch.ops.aten
 Emitted = Any  # a node of the dual graph; NotImplemented where a rule does not cover the arguments
@@ -55,6 +58,8 @@ class Record:
 class Builder:
     """Emits the dual graph; what rules see."""
 
+    DIRECTIONS = "vectors"  # the graph's second argument
+
     def __init__(self, traced: Traced, bind: list[Tensor] | None) -> None:
         self.traced = traced
         self.graph = fx.Graph()
@@ -65,12 +70,15 @@ class Builder:
         self._cache: dict[tuple[str, fx.Node], fx.Node] = {}
         self._bind = bind
         self._primals = self.graph.placeholder("primals")
-        vectors = self.graph.placeholder("vectors")
+        directions = self.graph.placeholder(self.DIRECTIONS)
         self._captured = self.graph.placeholder("captured") if bind is None else None
-        first = self.graph.call_function(operator.getitem, (self._primals, 0))
-        self._input = self.graph.call_function(runtime.stack, (first, vectors))
-        self.count = self.graph.call_function(runtime.size, (self._input, 0))  # 1 + K
-        self._first = first
+        self._first = self.graph.call_function(operator.getitem, (self._primals, 0))
+        self._input, self.count = self.stack_input(self._first, directions)  # count is 1 + K
+
+    def stack_input(self, first: fx.Node, directions: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The first primal as a dual, and the length of the stack."""
+        stacked = self.graph.call_function(runtime.stack, (first, directions))
+        return stacked, self.graph.call_function(runtime.size, (stacked, 0))
 
     # -- placeholders -------------------------------------------------------------------------------------------------
     def source(self, node: fx.Node) -> None:
@@ -157,6 +165,12 @@ class Builder:
         self.is_dual[node] = False
         self.records[node] = Record(node, "plain")
 
+    def output(self, result: fx.Node) -> None:
+        """What the graph returns: (out, tangents); of an output that ignores the input the tangents are zero."""
+        stacked = self.stacked(result)
+        value = self.call(operator.getitem, stacked, 0)
+        self.graph.output((value, self.call(operator.getitem, stacked, slice(1, None))))
+
 
 def shape_of(argument: Any) -> tuple[Any, ...]:
     """The shape that a node of the traced graph had; () for numbers."""
@@ -173,12 +187,18 @@ def rewrite(traced: Traced, bind: list[Tensor] | None = None) -> tuple[fx.GraphM
     from fastdensity.dual import fusion, rules_linear, rules_network, rules_shape  # noqa: F401  they register
 
     builder = Builder(traced, bind)
-    plan = fusion.plan(traced.graph, _dependent(traced))
-    for node in traced.graph.nodes:
+    emit(builder, fusion.plan(traced.graph, dependents(traced)))
+    return module_of(builder, "DualGraph"), list(builder.records.values())
+
+
+def emit(builder: Builder, plan: Plan) -> None:
+    """Every node of the traced graph in the builder's, but the output in the way that the builder has."""
+    for node in builder.traced.graph.nodes:
         if node.op == "placeholder":
             builder.source(node)
         elif node.op == "output":
-            _output(builder, node)
+            (result,) = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
+            builder.output(result)
         elif node.op == "get_attr":
             raise NotImplementedError(f"a block of operators inside the graph has no dual, at {line_of(node)}")
         elif node in plan.absorbed:
@@ -188,11 +208,15 @@ def rewrite(traced: Traced, bind: list[Tensor] | None = None) -> tuple[fx.GraphM
             builder.settle(node, name, function(builder, node))
         else:
             _node(builder, node)
-    module = fx.GraphModule(_Holder(builder.attributes), builder.graph, "DualGraph")
-    for name, value in builder.attributes.items():
+
+
+def module_of(builder: Builder, name: str) -> fx.GraphModule:
+    """The emitted graph with the live modules that it asks for parameters."""
+    module = fx.GraphModule(_Holder(builder.attributes), builder.graph, name)
+    for attribute, value in builder.attributes.items():
         if isinstance(value, nn.Module):
-            setattr(module, name, value)  # the live module in place of the copied path to its parameters
-    return module, list(builder.records.values())
+            setattr(module, attribute, value)  # the live module in place of the copied path to its parameters
+    return module
 
 
 class _Holder(nn.Module):
@@ -207,7 +231,7 @@ class _Holder(nn.Module):
                 setattr(self, name, value)
 
 
-def _dependent(traced: Traced) -> set[fx.Node]:
+def dependents(traced: Traced) -> set[fx.Node]:
     """The nodes that depend on the first primal through operators that have a tangent."""
     found: set[fx.Node] = set()
     for node in traced.graph.nodes:
@@ -258,10 +282,3 @@ def _names_no_dimension(node: fx.Node) -> bool:
         return False
     return any(argument.name.startswith(("dim", "start_dim", "axis", "source")) for argument in schema.arguments)
 
-
-def _output(builder: Builder, node: fx.Node) -> None:
-    (result,) = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
-    stacked = builder.stacked(result)  # of an output that ignores the input the tangents are zero
-    value = builder.call(operator.getitem, stacked, 0)
-    tangents = builder.call(operator.getitem, stacked, slice(1, None))
-    builder.graph.output((value, tangents))

@@ -26,10 +26,11 @@ _is_compiling = torch.compiler.is_compiling
 def define(
     name: str,
     schema: str,
-    reference: Callable[..., Tensor],
-    empty_result: Callable[..., Tensor],
+    reference: Callable[..., Any],
+    empty_result: Callable[..., Any],
     room: str | None = None,
-) -> Callable[..., Tensor]:
+    results: int = 1,
+) -> Callable[..., Any]:
     """The function that runs op `name` whatever its arguments are.
 
     Args:
@@ -39,23 +40,27 @@ def define(
         reference: the op in differentiable torch, called with the same arguments.
         empty_result: the same arguments to an uninitialised result; the fake implementation, too.
         room: the stem of the room where several ops share one.
+        results: how many tensors the op returns; more than one come as a tuple, from the reference, from
+            `empty_result` and to the launcher behind the arguments.
     """
-    _library.define(f"{name}({schema}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    _library.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.fastdensity, name)
 
-    def kernel(*arguments: Any) -> Tensor:
+    def kernel(*arguments: Any) -> Any:
         out = empty_result(*arguments)
-        if out.numel():
-            launcher(name, out.device.type, room)(*_resolved(arguments), out)
+        first = out if results == 1 else out[0]
+        if first.numel():
+            launcher(name, first.device.type, room)(*_resolved(arguments), *(out if results > 1 else (out,)))
         return out
 
-    def autograd(*arguments: Any) -> Tensor:
+    def autograd(*arguments: Any) -> Any:
         if wants_derivative(tuple(_tensors(arguments))):
             return reference(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
-    def run(*arguments: Any) -> Tensor:
+    def run(*arguments: Any) -> Any:
         if _is_compiling():
             return operator(*arguments)
         how = route(tuple(_tensors(arguments)))

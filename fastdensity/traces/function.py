@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdensity.boundary import describe
 from fastdensity.jvp import jvp
+from fastdensity.traces.key import ProbeKey
 
 FORWARD_MODES = ("dual", "torch")
 
@@ -41,6 +42,20 @@ class Function:
             value, products = jvp(self.fn, (x, *self.args), vectors)
             return checked_value(value, x), products
         return self._push_by_torch(x, vectors)
+
+    def forms(
+        self, x: Tensor, key: ProbeKey, first: int, count: int, distribution: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """fn(x) (R, *) and z.(J z) (count, R) in float64, by layers that make their probes themselves.
+
+        None where neither the first nor the last layer of fn can.
+        """
+        if self.forward != "dual":
+            return None
+        from fastdensity.dual.trace_graph import trace_forms
+
+        where = (key.seed, key.sample_ids, key.step, first, count, distribution, key.stream)
+        return trace_forms(self.fn, (x, *self.args), where)
 
     def _push_by_torch(self, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         def along(vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,21 +69,38 @@ class JacobianProducts:
         return products
 
     def forms(self, first: int, count: int, distribution: str) -> Tensor:
-        """See `Products`. Probes are made a chunk at a time, and again, in registers, to meet their products."""
+        """See `Products`. Probes are made where they enter and again where they meet their products, in registers or a
+        block at a time, if the ends of fn allow it (`fastdensity.dual.trace_graph`); else in chunks.
+        """
         parts = []
         for begin in range(first, first + count, self.tangents):
             number = min(self.tangents, first + count - begin)
-            probes = self.probes(begin, number, distribution)
-            products = self._push(probes)
-            if distribution == "orthogonal":
-                parts.append(_dots(probes, products))
+            found = self.function.forms(self.x, self.key, begin + self.offset, number, distribution)
+            if found is None:
+                parts.append(self._forms_of_made(begin, number, distribution))
             else:
-                key = self.key
-                where = (key.seed, key.sample_ids, key.step, begin + self.offset)
-                parts.append(probe_forms(products, *where, distribution, key.stream))
+                self._keep(found[0])
+                parts.append(found[1])
             if self.identity is not None:
-                parts[-1] = parts[-1] - self.identity * _dots(probes, probes)
+                parts[-1] = parts[-1] - self.identity * self._squares(begin, number, distribution)
         return torch.cat(parts)
+
+    def _forms_of_made(self, begin: int, number: int, distribution: str) -> Tensor:
+        """The forms of probes in memory."""
+        probes = self.probes(begin, number, distribution)
+        products = self._push(probes)
+        if distribution == "orthogonal":
+            return _dots(probes, products)
+        key = self.key
+        where = (key.seed, key.sample_ids, key.step, begin + self.offset)
+        return probe_forms(products, *where, distribution, key.stream)
+
+    def _squares(self, begin: int, number: int, distribution: str) -> Tensor | int:
+        """z.z of probes; signs have the same everywhere."""
+        if distribution in ("rademacher", "hadamard"):
+            return self.columns
+        probes = self.probes(begin, number, distribution)
+        return _dots(probes, probes)
 
     def diagonal(self, first: int, count: int) -> Tensor:
         """J_ii for i = first .. first + count - 1, (count, R), by products with basis vectors."""
@@ -95,9 +112,12 @@ class JacobianProducts:
 
     def _push(self, vectors: Tensor) -> Tensor:
         value, products = self.function.push(self.x, vectors.reshape(-1, *self.x.shape))
+        self._keep(value)
+        return products.reshape(vectors.shape)
+
+    def _keep(self, value: Tensor) -> None:
         if self.value is None:
             self.value = value
-        return products.reshape(vectors.shape)
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:

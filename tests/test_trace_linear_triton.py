@@ -1,0 +1,27 @@
+"""The ends of a trace in Triton, interpreted: tests/interpreted/trace_linear.py in a process of its own.
+
+TRITON_INTERPRET has to be set before Triton is imported, and an interpreting process cannot compile.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+def test_trace_linear_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "--no-header", str(HERE / "interpreted" / "trace_linear.py")]
+    run = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 40
