@@ -17,7 +17,9 @@ from fastdensity.traces.products import JacobianProducts
 
 
 def mlp(inputs=6, outputs=6, width=16):
-    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs))
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs)
+    )
 
 
 class Velocity(nn.Module):

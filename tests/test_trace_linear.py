@@ -170,9 +170,7 @@ def test_operators_are_good_citizens():
     key = key_of(5)
     arguments = (*random_first(), "silu", *key, 2, 24, "rademacher", STREAM)
     torch.library.opcheck(torch.ops.fastdensity.dual_linear_probe.default, arguments)
-    torch.library.opcheck(
-        torch.ops.fastdensity.dual_linear_trace.default, (*random_last(), *key, "rademacher", STREAM)
-    )
+    torch.library.opcheck(torch.ops.fastdensity.dual_linear_trace.default, (*random_last(), *key, "rademacher", STREAM))
 
 
 def test_torch_backend_agrees():

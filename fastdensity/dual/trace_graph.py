@@ -21,7 +21,6 @@ from fastdensity.dual import fusion, runtime
 from fastdensity.dual.rewrite import Builder, dependents, emit, module_of, shape_of
 from fastdensity.dual.rules_network import arguments_of
 from fastdensity.dual.tracing import Traced
-from fastdensity.ops.dual_linear import dual_linear
 from fastdensity.ops.probe import make_probes, probe_forms
 from fastdensity.ops.trace_linear import dual_linear_probe, dual_linear_trace
 from fastdensity.reference.trace_linear import DISTRIBUTIONS

@@ -28,9 +28,7 @@ def probed_shape(
     return result_shape(x.expand(1 + count, *x.shape), weight, bias, activation)
 
 
-def traced_shape(
-    stacked: Tensor, weight: Tensor, bias: Tensor | None, sample_ids: Tensor
-) -> tuple[int, ...]:
+def traced_shape(stacked: Tensor, weight: Tensor, bias: Tensor | None, sample_ids: Tensor) -> tuple[int, ...]:
     """(1 + K, B, N) of the layer's result; ValueError or TypeError where the arguments do not fit together."""
     if stacked.dim() != 3 or stacked.shape[1] != sample_ids.shape[0]:
         wanted = f"(1 + K, B, C) with B = {sample_ids.shape[0]} sample ids"
