@@ -281,4 +281,3 @@ def _names_no_dimension(node: fx.Node) -> bool:
     if schema is None or shape_of(node.args[0]) != ():
         return False
     return any(argument.name.startswith(("dim", "start_dim", "axis", "source")) for argument in schema.arguments)
-

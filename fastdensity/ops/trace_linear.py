@@ -1,7 +1,7 @@
 """The ends of a trace graph: linear layers with probes made inside.
 
-    stacked = dual_linear_probe(x, W, b, ...)         # [act(x W^T + b); act' * (z_k W^T)], z never in memory
-    y, forms = dual_linear_trace([h; t], W, b, ...)   # h W^T + b and z_k . (t_k W^T): neither z nor t_k W^T in memory
+stacked = dual_linear_probe(x, W, b, ...)         # [act(x W^T + b); act' * (z_k W^T)], z never in memory
+y, forms = dual_linear_trace([h; t], W, b, ...)   # h W^T + b and z_k . (t_k W^T): neither z nor t_k W^T in memory
 """
 
 from __future__ import annotations

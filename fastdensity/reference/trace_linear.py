@@ -1,7 +1,7 @@
 """Torch references of the two ends of a trace: a first layer that is fed probes, and a last one that meets them again.
 
 Neither op's contract has a tensor of probes in it: a kernel makes them a tile at a time, with the bits of
-`fastdensity.reference.probe.make_probes` in the layer's dtype at the first end, and in the arithmetic's own at the last.
+`fastdensity.reference.probe.make_probes`, in the layer's dtype at the first end, in the arithmetic's own at the last.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def probed_shape(
     return result_shape(x.expand(1 + count, *x.shape), weight, bias, activation)
 
 
-def traced_shape(
-    stacked: Tensor, weight: Tensor, bias: Tensor | None, sample_ids: Tensor
-) -> tuple[int, ...]:
+def traced_shape(stacked: Tensor, weight: Tensor, bias: Tensor | None, sample_ids: Tensor) -> tuple[int, ...]:
     """(1 + K, B, N) of the layer's result; ValueError or TypeError where the arguments do not fit together."""
     if stacked.dim() != 3 or stacked.shape[1] != sample_ids.shape[0]:
         wanted = f"(1 + K, B, C) with B = {sample_ids.shape[0]} sample ids"
