@@ -8,12 +8,19 @@ from torch import nn
 from torch.nn import functional
 
 import fastdensity as fd
+import fastdensity.dual.trace_graph as trace_graph
 import fastdensity.traces.function as function_module
 from fastdensity.dual.trace_graph import fused_ends
 from fastdensity.ops.probe import probe_forms
 from fastdensity.traces.function import Function
 from fastdensity.traces.key import ProbeKey
 from fastdensity.traces.products import JacobianProducts
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch):
+    """Networks of tests are small, and their probes would be stored."""
+    monkeypatch.setattr(trace_graph, "CPU_BYTES", 0)
 
 
 def mlp(inputs=6, outputs=6, width=16):
@@ -197,6 +204,17 @@ def test_divergences_do_not_depend_on_the_batch(distribution):
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), name
     chunked = fd.divergence(network, x, t, sample_ids=ids, memory=1, **options)
     torch.testing.assert_close(chunked.div, whole.div, rtol=1e-6, atol=1e-6)
+
+
+def test_few_probes_are_stored_on_cpu(monkeypatch):
+    """What stays in the cache costs nothing to store."""
+    made = []
+    monkeypatch.setattr(trace_graph, "build", lambda traced: made.append(traced))
+    for limit, graphs in ((3 * 4 * 6 * 4, 0), (3 * 4 * 6 * 4 - 1, 1)):
+        monkeypatch.setattr(trace_graph, "CPU_BYTES", limit)
+        with torch.no_grad():
+            products_of(mlp(), torch.randn(4, 6)).forms(0, 3, "rademacher")
+        assert len(made) == graphs
 
 
 def test_a_derivative_goes_through():

@@ -217,7 +217,7 @@ def form_tiles(
     plane_size = _wide(rows) * inputs
     base = stacked + row.to(tl.int64)[:, None] * inputs
     sums = ()
-    for g in tl.static_range(GROUP):
+    for _ in tl.static_range(GROUP):
         sums += (tl.zeros([BLOCK_M, BLOCK_N], DTYPE),)
     for start in range(0, inputs, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)

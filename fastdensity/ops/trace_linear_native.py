@@ -1,5 +1,7 @@
 """The ends of a trace on CPU: probes, or the products that they meet, in a block of memory that stays in the cache.
 
+4 MiB: smaller blocks have torch's product pack the weight more often, which costs more than the cache gives.
+
 What fits there as a whole is one product like any other. Otherwise a block is some whole probes, or a power of two of
 the rows of one: a row's product is then always computed among as many others if the number of rows is a power of two,
 as that of `fastdensity.traces.blocks` is.

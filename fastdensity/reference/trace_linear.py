@@ -1,7 +1,7 @@
 """Torch references of the two ends of a trace: a first layer that is fed probes, and a last one that meets them again.
 
 Neither op's contract has a tensor of probes in it: a kernel makes them a tile at a time, with the bits of
-`fastdensity.reference.probe.make_probes` in the layer's dtype at the first end, and in the arithmetic's own at the last.
+`fastdensity.reference.probe.make_probes`, in the layer's dtype at the first end, in the arithmetic's own at the last.
 """
 
 from __future__ import annotations
