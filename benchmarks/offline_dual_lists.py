@@ -93,18 +93,20 @@ def dual_chain(target: str, brief: bool) -> list[DualCase]:
     return found
 
 
-def _linear(dtype: str, tangents: int, inputs: int, columns: int, activation: str, **due: Any) -> DualCase:
+def _linear(
+    dtype: str, tangents: int, inputs: int, columns: int, activation: str, rows: int = 2_048, **due: Any
+) -> DualCase:
     outputs = columns * (2 if activation == "geglu" else 1)
     return DualCase(
         "dual_linear",
-        f"{inputs} to {columns}, {dtype}, K={tangents}, {activation}",
+        f"{inputs} to {columns}, {rows} rows, {dtype}, K={tangents}, {activation}",
         (
-            Shape(dtype, (1 + tangents, 2_048, inputs)),
+            Shape(dtype, (1 + tangents, rows, inputs)),
             Shape(dtype, (outputs, inputs)),
             Shape(dtype, (outputs,)),
             activation,
         ),
-        Shape(dtype, (1 + tangents, 2_048, columns)),
+        Shape(dtype, (1 + tangents, rows, columns)),
         **due,
     )
 
@@ -298,6 +300,42 @@ def trace_linear(target: str, brief: bool) -> list[DualCase]:
     return found
 
 
+def sizes_of_one(room: str) -> list[DualCase]:
+    """A size of 1 is a constant to the compiler, which has no type to convert: one sample, one row, one channel."""
+    due: dict[str, Any] = {"wide_loads_due": 0}
+    image, one = Shape("float32", (2, 1, 1, 8, 8)), Shape("float32", (1,))
+    row, head, many = Shape("float32", (2, 1, 64)), Shape("float32", (2, 1, 1, 1, 16)), Shape("float32", (64,))
+    square = Shape("float32", (1, 1, 3, 3))
+    found = {
+        "dual_conv": [
+            DualCase("dual_conv", "one", (image, square, one, (1, 1), (1, 1), (1, 1), 1, name), image, **due)
+            for name in ("none", "silu")
+        ],
+        "dual_chain": [_chain("one", "float32", 1, (1, 64), {1: (64,)}, "add 0 1;silu 2", 2)],
+        "dual_linear": [
+            _linear("float32", 1, 64, width, name, rows=1, **due) for width, name in ((1, "geglu"), (64, "silu"))
+        ],
+        "dual_norm": [
+            DualCase(
+                "dual_norm",
+                "one row",
+                (row, 64, many, many, 1e-6, None, None),
+                row,
+                function="dual_layer_norm_triton",
+                **due,
+            ),
+            DualCase(
+                "dual_norm", "one", (image, 1, one, one, 1e-5, "silu"), image, function="dual_group_norm_triton", **due
+            ),
+        ],
+        "dual_softmax": [DualCase("dual_softmax", "one row", (row,), row, **due)],
+        "dual_attention": [
+            DualCase("dual_attention", "one", (head, head, head, True, True, True, None, False, 0.125), head, **due)
+        ],
+    }
+    return found.get(room, [])
+
+
 LISTS: dict[str, Callable[[str, bool], list[DualCase]]] = {
     "dual_conv": dual_conv,
     "dual_chain": dual_chain,
@@ -311,4 +349,5 @@ LISTS: dict[str, Callable[[str, bool], list[DualCase]]] = {
 
 def cases(target: str, brief: bool = False) -> list[DualCase]:
     """The calls of all dual rooms, in full or a few that stand for them."""
-    return [case for calls in LISTS.values() for case in calls(target, brief)]
+    found = [case for calls in LISTS.values() for case in calls(target, brief)]
+    return found + [case for room in LISTS if target == "sm_90" for case in sizes_of_one(room)]

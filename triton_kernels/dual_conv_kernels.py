@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from fastdensity.triton_kernels.integers import wide
+
 # The interpreter holds bfloat16 as integers, and multiplies those.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -89,7 +91,7 @@ def conv_tiles(
     image, pixel, row_out, column_out, valid = _pixels(
         program // (groups * output_tiles * sets), out_height, out_width, images, BLOCK_P
     )
-    part_size = images.to(tl.int64) * groups * channels * height * width
+    part_size = wide(images) * groups * channels * height * width
     row = row_out * STRIDE_H - PADDING_H
     col = column_out * STRIDE_W - PADDING_W
     channel_blocks = tl.cdiv(channels, BLOCK_C)
@@ -135,7 +137,7 @@ def conv_tiles(
         value += tl.where((image < biased)[:, None], added[None, :], 0.0)
     plane = out_height * out_width
     place = (image * (groups * outputs) * plane + pixel)[:, None] + (whole_output.to(tl.int64) * plane)[None, :]
-    out_part = images.to(tl.int64) * groups * outputs * plane
+    out_part = wide(images) * groups * outputs * plane
     slope = value
     if ACTIVATION != "none":
         value, slope = _activate(value, ACTIVATION)
@@ -167,7 +169,7 @@ def conv_pixels(
     image, pixel, row_out, column_out, valid = _pixels(
         program // (all_outputs * sets), out_height, out_width, images, BLOCK_P
     )
-    part_size = images.to(tl.int64) * groups * channels * height * width
+    part_size = wide(images) * groups * channels * height * width
     row = row_out * STRIDE_H - PADDING_H
     col = column_out * STRIDE_W - PADDING_W
 
@@ -196,7 +198,7 @@ def conv_pixels(
         value += tl.where(image < biased, tl.load(bias + output).to(DTYPE), 0.0)
     plane = out_height * out_width
     place = (image * all_outputs + output) * plane + pixel
-    out_part = images.to(tl.int64) * all_outputs * plane
+    out_part = wide(images) * all_outputs * plane
     slope = value
     if ACTIVATION != "none":
         value, slope = _activate(value, ACTIVATION)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fastdensity.triton_kernels.chain_functions import pass_tangent, unary
+from fastdensity.triton_kernels.integers import wide
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def linear_tiles(
     column = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = row < rows
 
-    x_plane = rows.to(tl.int64) * inputs
+    x_plane = wide(rows) * inputs
     planes = (x_plane * 0,)
     sums = (tl.zeros([BLOCK_M, BLOCK_N], DTYPE),)
     for g in tl.static_range(GROUP):
@@ -82,7 +83,7 @@ def linear_tiles(
     if GATED:
         sums += sums
     x_rows = x + row.to(tl.int64)[:, None] * inputs
-    gate = weight + columns.to(tl.int64) * inputs
+    gate = weight + wide(columns) * inputs
     for start in range(0, inputs, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)
         weight_tile = _weight_tile(weight, column, depth, columns, inputs, DEPTH_FITS)
@@ -101,7 +102,7 @@ def linear_tiles(
     total = sums[0]
     if bias is not None:
         total += _bias_tile(bias, column, columns, DTYPE)
-    out_plane = rows.to(tl.int64) * columns
+    out_plane = wide(rows) * columns
     target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
     mask = row_mask[:, None] & (column[None, :] < columns)
     if GATED:

@@ -15,16 +15,11 @@ import triton.language as tl
 
 from fastdensity.triton_kernels.chain_functions import pass_tangent, unary
 from fastdensity.triton_kernels.dual_linear_kernels import _bias_tile, _weight_tile
+from fastdensity.triton_kernels.integers import wide
 from fastdensity.triton_kernels.philox import _box_muller
 from fastdensity.triton_kernels.probe_kernels import _parity
 
 UNSPECIALISED = ["seed", "step", "stream", "first", "order"]  # numbers on which no kernel is to be compiled again
-
-
-@triton.jit
-def _wide(number):
-    """In 64 bits; a size of 1 is a constant to the compiler, and has no type to convert."""
-    return tl.zeros([], tl.int64) + number
 
 
 @triton.jit
@@ -94,7 +89,7 @@ def _probe_tile(seed, sample_ids, step, number, hadamard_row, start, DISTRIBUTIO
 def _hadamard_rows(hadamard_rows, plane, row, row_mask, rows, DISTRIBUTION: tl.constexpr):
     """Each sample's row of Sylvester's matrix for one probe; of other distributions anything."""
     if DISTRIBUTION == "hadamard":
-        return tl.load(hadamard_rows + _wide(plane) * rows + row, mask=row_mask, other=0)
+        return tl.load(hadamard_rows + wide(plane) * rows + row, mask=row_mask, other=0)
     else:
         return row
 
@@ -139,7 +134,7 @@ def probe_tiles(
     if GATED:
         sums += sums
     x_rows = x + row.to(tl.int64)[:, None] * inputs
-    gate = weight + _wide(columns) * inputs
+    gate = weight + wide(columns) * inputs
     for start in range(0, inputs, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)
         weight_tile = _weight_tile(weight, column, depth, columns, inputs, DEPTH_FITS)
@@ -172,7 +167,7 @@ def probe_tiles(
     total = sums[0]
     if bias is not None:
         total += _bias_tile(bias, column, columns, DTYPE)
-    out_plane = _wide(rows) * columns
+    out_plane = wide(rows) * columns
     target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
     mask = row_mask[:, None] & (column[None, :] < columns)
     if GATED:
@@ -214,7 +209,7 @@ def form_tiles(
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = row < rows
-    plane_size = _wide(rows) * inputs
+    plane_size = wide(rows) * inputs
     base = stacked + row.to(tl.int64)[:, None] * inputs
     sums = ()
     for _ in tl.static_range(GROUP):
@@ -254,7 +249,7 @@ def form_tiles(
             z = _probe_tile(seed, ids, step, number, chosen, begin, DISTRIBUTION, DTYPE, BLOCK_N)
             # columns that do not exist have a weight, and so a product, of zero
             sum_of_tile = tl.sum(sums[g] * z, 1)
-            place = partials + (plane * _wide(rows) + row) * column_tiles + column_tile
+            place = partials + (plane * wide(rows) + row) * column_tiles + column_tile
             tl.store(place, sum_of_tile, mask=row_mask)
 
 

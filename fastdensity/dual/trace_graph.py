@@ -21,6 +21,7 @@ from fastdensity.dual import fusion, runtime
 from fastdensity.dual.rewrite import Builder, dependents, emit, module_of, shape_of
 from fastdensity.dual.rules_network import arguments_of
 from fastdensity.dual.tracing import Traced
+from fastdensity.ops.dual_linear import dual_linear
 from fastdensity.ops.probe import make_probes, probe_forms
 from fastdensity.ops.trace_linear import dual_linear_probe, dual_linear_trace
 from fastdensity.reference.trace_linear import DISTRIBUTIONS
@@ -73,14 +74,14 @@ def trace_forms(fn: Callable[..., Any], primals: tuple[Any, ...], probes: Probes
     if small or probes[5] not in DISTRIBUTIONS:
         return None
     dual, found, tensors = _graph_of(fn, primals)
-    return None if found is None else dual.call(found.graph, primals, probes, tensors)  # type: ignore[return-value]
+    return None if found is None else dual.call(found.graph, primals, probes, tensors)
 
 
 def _graph_of(fn: Callable[..., Any], primals: tuple[Any, ...]) -> tuple[Dual, TraceGraph | None, list[Tensor]]:
     from fastdensity.dual.cache import Dual, find
 
     dual, tensors = find(fn, primals)
-    return dual, dual.trace_graph() if isinstance(dual, Dual) else None, tensors  # type: ignore[return-value]
+    return dual, dual.trace_graph() if isinstance(dual, Dual) else None, tensors
 
 
 def build(traced: Traced) -> TraceGraph | None:
