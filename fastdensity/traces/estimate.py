@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastdensity.traces.blocks import Plan, blocks, plan
-from fastdensity.traces.colour import colour
+from fastdensity.traces.colour import colour, usable_colours
 from fastdensity.traces.function import Function
-from fastdensity.traces.hutchinson import hutchinson
+from fastdensity.traces.hutchinson import hutchinson, without_replacement
 from fastdensity.traces.hutchpp import hutchpp
 from fastdensity.traces.key import ProbeKey
 from fastdensity.traces.options import DivergenceMethod
@@ -118,11 +118,14 @@ def _until_tolerance(task: Task, how: DivergenceMethod, cut: Plan, columns: int)
         )
     cap = columns if how.max_matvecs is None else min(how.max_matvecs, columns)
     if how.method == "colour" and how.num_colours is None:  # the same colours in all rounds
-        how = replace(how, num_colours=max(LEAST_OF_A_TOLERANCE, how.num_matvecs) // 2)
-    size, used = min(_first_round(how), cap), 0
+        how = replace(how, num_colours=min(max(LEAST_OF_A_TOLERANCE, how.num_matvecs) // 2, cap))
+    size, used, least = min(_first_round(how), cap), 0, _least_round(how, task.x.shape[1:])
     rows = torch.arange(task.x.shape[0], device=task.x.device)
-    value, (div, std_err), took = _all_rows(task, how, cut, _method(how, size, columns), size, 0)
+    method = _method(how, 0, size, columns)
+    value, (div, spread), took = _all_rows(task, how, cut, method, size, 0)
+    spread = spread / _unseen(how, columns, size)
     products = torch.full_like(div, took, dtype=torch.int64)
+    std_err = spread * _unseen(how, columns, size)
     weight = took
     while True:
         used += size
@@ -130,9 +133,9 @@ def _until_tolerance(task: Task, how: DivergenceMethod, cut: Plan, columns: int)
         met = std_err <= target
         rows = (~met & div.isfinite()).nonzero()[:, 0]
         size = min(used, cap - used)
-        if rows.numel() == 0 or size <= 0:
+        method = _method(how, used, size, columns)
+        if rows.numel() == 0 or method == how.method and size < least:
             return Estimate(value, div, std_err, products, met)
-        method = _method(how, used + size, columns)
         if method == "exact":
             size = cap - used
         _, (more, error), took = _all_rows(task, how, cut, method, size, used, rows)
@@ -142,7 +145,9 @@ def _until_tolerance(task: Task, how: DivergenceMethod, cut: Plan, columns: int)
         else:
             share = took / (weight + took)
             div[rows] = (1.0 - share) * div[rows] + share * more
-            std_err[rows] = torch.hypot((1.0 - share) * std_err[rows], share * error)
+            error = error / _unseen(how, columns, size)
+            spread[rows] = torch.hypot((1.0 - share) * spread[rows], share * error)
+            std_err[rows] = spread[rows] * _unseen(how, columns, used + size)
             weight += took
 
 
@@ -150,9 +155,22 @@ def _first_round(how: DivergenceMethod) -> int:
     return max(how.num_matvecs, 2 * (how.num_colours or 0), LEAST_OF_A_TOLERANCE)
 
 
-def _method(how: DivergenceMethod, total: int, columns: int) -> str:
-    """The method, or exact where that costs no more than the probes."""
-    return "exact" if total >= columns else how.method
+def _least_round(how: DivergenceMethod, shape: torch.Size) -> int:
+    """The fewest products of a later round: fewer show no spread, and would take away the error bar that there is."""
+    if how.method == "colour":
+        return 2 * usable_colours(tuple(shape), how.num_colours or 1)
+    return 2 if how.method == "hutchinson" else 4
+
+
+def _unseen(how: DivergenceMethod, columns: int, number: int) -> float:
+    """What `hutchinson` multiplies error bars with: rounds draw from one population, so the whole has one factor."""
+    return without_replacement(how.distribution, columns, number) if how.method == "hutchinson" else 1.0
+
+
+def _method(how: DivergenceMethod, used: int, size: int, columns: int) -> str:
+    """The method of the next round, or exact where that costs no more than all probes, and is allowed."""
+    allowed = how.max_matvecs is None or used + columns <= how.max_matvecs
+    return "exact" if used + size >= columns and allowed else how.method
 
 
 def _say_exact(num_matvecs: int, columns: int) -> str:

@@ -15,15 +15,19 @@ def hutchinson(products: Products, num_matvecs: int, distribution: str) -> Trace
     """The mean of the forms of `num_matvecs` probes."""
     forms = products.forms(0, num_matvecs, distribution)
     mean, std_err = mean_and_error(forms)
-    population = _population(distribution, products.columns)
-    if population is not None:
-        std_err = std_err * max(0.0, 1.0 - num_matvecs / population) ** 0.5
-    return Trace(mean, std_err, num_matvecs)
+    return Trace(mean, std_err * without_replacement(distribution, products.columns, num_matvecs), num_matvecs)
 
 
-def _population(distribution: str, columns: int) -> int | None:
+def population(distribution: str, columns: int) -> int | None:
+    """The size of the sets that probes are drawn from without replacement; None for independent probes."""
     if distribution == "orthogonal":
         return columns
     if distribution == "hadamard":
         return 1 << (columns - 1).bit_length()
     return None
+
+
+def without_replacement(distribution: str, columns: int, number: int) -> float:
+    """The factor of the standard error of `number` probes, sqrt(1 - k/n); 1 for independent ones."""
+    size = population(distribution, columns)
+    return 1.0 if size is None else max(0.0, 1.0 - number / size) ** 0.5

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdensity.sums import pairwise_sum, row_dot
+from fastdensity.traces.hutchinson import population
 from fastdensity.traces.products import Products
 from fastdensity.traces.result import Trace, mean_and_error
 from fastdensity.traces.subspace import finite_rows, orthonormalise, per_row, range_basis
@@ -25,6 +26,7 @@ def hutchpp(products: Products, num_matvecs: int, distribution: str = "rademache
     Args:
         products: the Jacobians. num_matvecs: how many products to take, >= 1; a third of it at most `columns`.
         distribution: of the sketch (probes 0 .. m-1, m = num_matvecs // 3) and of the complement's probes (m .. ).
+            Those of a set without replacement shun the sketch's directions: the complement has a set of its own then.
 
     Returns:
         The traces; std_err is that of the complement's probes, NaN when there is only one. A row with a product that
@@ -39,12 +41,16 @@ def hutchpp(products: Products, num_matvecs: int, distribution: str = "rademache
     basis, _ = range_basis(sketch)
     images = products.apply(basis)
     on_range = per_row(_trace_on, basis, images)[0]
-    probes = products.probes(columns, rest, distribution)
+    together = population(distribution, products.columns)
+    probes = products.probes(columns if together is None else together, rest, distribution)
     residuals = per_row(_residuals, basis, probes)[0].movedim(0, 1).to(products.dtype).contiguous()
     outside = products.apply(residuals)
     forms = torch.stack([row_dot(left, right) for left, right in zip(residuals, outside, strict=True)])
     lengths = torch.stack([row_dot(residual, residual) for residual in residuals])
-    mean, std_err = mean_and_error(_levelled(forms, lengths, products.columns - columns, on_range / columns))
+    level = on_range / columns
+    if together is None and rest > 1:
+        level = _level_of_others(forms, lengths)
+    mean, std_err = mean_and_error(forms + level * (products.columns - columns - lengths))
     finite = finite_rows(sketch) & finite_rows(images)
     div = torch.where(finite, on_range + mean, math.nan)
     return Trace(div, torch.where(finite, std_err, math.nan), num_matvecs)
@@ -60,13 +66,12 @@ def _residuals(basis: Tensor, probes: Tensor) -> tuple[Tensor]:
     return (probes - (probes @ basis.mT) @ basis,)
 
 
-def _levelled(forms: Tensor, lengths: Tensor, expected: int, level: Tensor) -> Tensor:
-    """Forms (k, R) less what their residuals' squared lengths (k, R) explain, without bias: exact for J = a I.
+def _level_of_others(forms: Tensor, lengths: Tensor) -> Tensor:
+    """What the squared lengths (k, R) of residuals explain of their forms: the ratio of the two in all other probes.
 
-    Each is corrected with the ratio of forms to lengths of all others, which is independent of it. A single one has no
-    others, and takes `level` (R,), the mean over the range, which is independent of it too.
+    It is independent of the probe that it corrects, and so without bias, and exact for J = a I. A single probe has no
+    others, and those of a set without replacement depend on each other: they take the mean over the range, which is
+    independent of them too.
     """
-    if forms.shape[0] > 1:
-        rest = pairwise_sum(lengths, 0) - lengths
-        level = torch.where(rest > 0, (pairwise_sum(forms, 0) - forms) / rest, 0)
-    return forms + level * (expected - lengths)
+    rest = pairwise_sum(lengths, 0) - lengths
+    return torch.where(rest > 0, (pairwise_sum(forms, 0) - forms) / rest, 0)

@@ -49,6 +49,9 @@ class DivergenceMethod:
         least = LEAST_MATVECS.get(self.method, 1)
         if self.num_matvecs < least and not self.has_tolerance:
             raise ValueError(f"method {self.method!r} needs num_matvecs >= {least}, got {self.num_matvecs}")
+        if self.max_matvecs is not None and self.max_matvecs < max(least, self.num_colours or 0):
+            least = max(least, self.num_colours or 0)
+            raise ValueError(f"method {self.method!r} needs max_matvecs >= {least} here, got {self.max_matvecs}")
         if self.num_colours is not None and self.method != "colour":
             raise ValueError(f"num_colours belongs to method 'colour', not to {self.method!r}")
 
