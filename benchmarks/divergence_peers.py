@@ -33,7 +33,7 @@ from benchmarks.jvp_peers import helped, mapped_jvp, one_jvp
 Peer = Callable[[], Tensor]  # -> (B,)
 One = Callable[[], Tensor]  # one probe
 OURS = "fastdensity"
-NOTE = f"forward mode: {HELP}; zuko's probes are normal, all others' signs"
+NOTE = f"forward mode and vmap: {HELP}; zuko's probes are normal, all others' signs"
 PACKAGES = ("flow_matching", "torchdyn", "zuko")
 
 
@@ -140,7 +140,8 @@ def _torchcfm(case: Case) -> Tensor:
         pull: Any = torch.func.vjp(lambda at: case.module(at[None], time[None])[0], x)[1]
         return (pull(eps)[0] * eps).sum()
 
-    return torch.func.vmap(form)(case.x, draw(case.x), case.time)
+    with helped():  # under vmap, other attention falls back to a loop
+        return torch.func.vmap(form)(case.x, draw(case.x), case.time)
 
 
 def _torchcfm_exact(case: Case) -> Tensor:
@@ -149,7 +150,8 @@ def _torchcfm_exact(case: Case) -> Tensor:
     def trace(x: Tensor, time: Tensor) -> Tensor:
         return torch.trace(torch.func.jacrev(lambda at: case.module(at.reshape(1, *shape), time[None])[0].flatten())(x))
 
-    return torch.func.vmap(trace)(case.x.flatten(1), case.time)
+    with helped():
+        return torch.func.vmap(trace)(case.x.flatten(1), case.time)
 
 
 def _forward(case: Case) -> Tensor:
