@@ -145,7 +145,7 @@ def _timed(name: str, peers: dict[str, Peer], errors: dict[str, float], failed: 
     }
 
 
-# -- products to a wanted error -----------------------------------------------------------------------------------------
+# -- products to a wanted error ----------------------------------------------------------------------------------------
 def products_record(case: Case, trials: int = CHECK_TRIALS) -> Record:
     """How many products each needs for an RMS error of WANTED_ERROR of the RMS divergence, over the samples.
 
