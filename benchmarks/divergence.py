@@ -123,8 +123,10 @@ def exact_record(case: Case, rounds: int) -> Record:
 
 def _timed(name: str, peers: dict[str, Peer], errors: dict[str, float], failed: dict[str, str], rounds: int) -> Record:
     right: dict[str, Variant] = {name: peer for name, peer in peers.items() if name not in failed}
-    peaks = {name: peak_bytes(peer) for name, peer in right.items()}
-    timing = measure(right, _rounds_for(right, rounds), patience=2)
+    start = time.perf_counter()
+    peaks = {name: peak_bytes(peer, repeats=1, warm=False) for name, peer in right.items()}  # warm from the gate
+    fitting = int(CASE_SECONDS / (2 * (time.perf_counter() - start)))  # a round runs everything at least twice
+    timing = measure(right, min(rounds, max(LEAST_ROUNDS, fitting)), patience=2)
     seconds = timing.medians()
     record: Record = {"case": name, "median_seconds": seconds, "peak_bytes": peaks, "relative_errors": errors}
     rivals = {name: value for name, value in seconds.items() if name != OURS}
@@ -143,16 +145,7 @@ def _timed(name: str, peers: dict[str, Peer], errors: dict[str, float], failed: 
     }
 
 
-def _rounds_for(peers: dict[str, Variant], most: int) -> int:
-    """As many as CASE_SECONDS hold; a round runs everything at least twice."""
-    start = time.perf_counter()
-    for peer in peers.values():
-        peer()
-    once = time.perf_counter() - start
-    return min(most, max(min(most, LEAST_ROUNDS), int(CASE_SECONDS / (2 * once))))
-
-
-# -- products to a wanted error -----------------------------------------------------------------------------------------
+# -- products to a wanted error ----------------------------------------------------------------------------------------
 def products_record(case: Case, trials: int = CHECK_TRIALS) -> Record:
     """How many products each needs for an RMS error of WANTED_ERROR of the RMS divergence, over the samples.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -87,14 +88,14 @@ def makes() -> list[Callable[[], Case]]:
     return [digits, unet] if jvp_cases.has_diffusers() else [digits]
 
 
-# -- denoisers: how many products to one per cent? ------------------------------------------------------------------------
+# -- denoisers: how many products to one per cent? --------------------------------------------------------------------
 class LocalNetwork(nn.Module):
     """x / 2 and three 3 x 3 convolutions of random weights that keep the scale: an element sees a window of 7 x 7."""
 
     def __init__(self, channels: int = 1, width: int = 16) -> None:
         super().__init__()
         sizes = (channels, width, width, channels)
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(sizes))
         for parameter in self.layers.parameters():
             if parameter.dim() == 4:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

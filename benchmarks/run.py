@@ -1,7 +1,4 @@
-"""Run a benchmark, print its table, write its JSON.
-
-`python -m benchmarks.run rows|jvp|probe|divergence [--rounds N] [--out FILE]`.
-"""
+"""Run a benchmark, print its table, write its JSON: `python -m benchmarks.run NAME [--rounds N] [--out FILE]`."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from fastdensity.cli_options import INTERRUPTED, fail, parse_device, prepare_fol
 from fastdensity.experiment import write_whole
 from fastdensity.traces.options import DISTRIBUTIONS, METHODS, MOST_MATVECS
 
+DISTRIBUTION_HELP = f"Probes of hutchinson and hutchpp, of {', '.join(DISTRIBUTIONS)}."
 REFERENCES = ("auto", "exact", "long")
 MOST_SAMPLES, MOST_TRIALS, MOST_ROUNDS = 65_536, 100_000, 1_000
 
@@ -61,10 +62,8 @@ def divergence(
     shape: Annotated[
         str | None, typer.Option(help="Of one state, such as 3,32,32, for a factory without states: N(0, 1) is drawn.")
     ] = None,
-    methods: Annotated[list[str], typer.Option(help=f"Of {', '.join(METHODS)}.")] = [",".join(METHODS)],  # noqa: B006
-    distributions: Annotated[
-        list[str], typer.Option(help=f"Probes of hutchinson and hutchpp, of {', '.join(DISTRIBUTIONS)}.")
-    ] = ["rademacher,orthogonal"],  # noqa: B006
+    methods: Annotated[list[str], typer.Option(help=f"Of {', '.join(METHODS)}.")] = [",".join(METHODS)],  # noqa: B006, B008
+    distributions: Annotated[list[str], typer.Option(help=DISTRIBUTION_HELP)] = ["rademacher,orthogonal"],  # noqa: B006
     matvecs: Annotated[list[str], typer.Option(help="Products per sample.")] = ["4,8,16,32"],  # noqa: B006
     sweeps: Annotated[int, typer.Option(help="Of colour probing: one shows no error bar, two do.")] = 1,
     samples: Annotated[int, typer.Option(help="States.")] = 16,

@@ -108,7 +108,7 @@ def variants(
 
 
 def find_reference(subject: Subject, kind: str, most_matvecs: int, seed: int) -> Reference:
-    """The exact divergence, or a long run of Rademacher probes; "auto" takes the exact one up to MOST_EXACT elements."""
+    """The exact divergence, or a long run of Rademacher probes; "auto": the exact one up to MOST_EXACT elements."""
     products = LONG_RUN * most_matvecs
     if kind == "exact" or (kind == "auto" and subject.columns <= MOST_EXACT) or products >= subject.columns:
         found = estimate_one(subject, Variant("exact", subject.columns), seed)

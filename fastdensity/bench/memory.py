@@ -15,9 +15,12 @@ from pathlib import Path
 import torch
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device | None = None, repeats: int = 2) -> int:
-    """The most that a call needs above what was held just before it; the larger of `repeats` calls after a warm-up."""
-    call()
+def peak_bytes(
+    call: Callable[[], object], device: torch.device | None = None, repeats: int = 2, warm: bool = True
+) -> int:
+    """The most that a call needs above what was held just before it: the largest of `repeats`, after one to warm up."""
+    if warm:
+        call()
     return max(_one_peak(call, device) for _ in range(repeats))
 
 
