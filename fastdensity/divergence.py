@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastdensity.boundary import check_integer, check_number, check_sample_ids, check_state
+from fastdensity.reference.philox import MASK
 from fastdensity.traces.estimate import Estimate, Task, estimate
 from fastdensity.traces.function import Function
 from fastdensity.traces.key import ProbeKey
@@ -68,16 +69,19 @@ def divergence(
 
     Args:
         fn: fn(x, *args) -> (B, *) like x; rows independent of each other. No gradient is kept.
-        x: (B, *) floating. args: a tensor whose first dimension is B belongs to the samples one by one, all else to
-            all. What fn closes over must not depend on the sample, or the batch is computed in one piece.
+        x: (B, *) floating. args: a tensor whose first dimension is B, also within tuples, lists and dicts, belongs to
+            the samples one by one, all else to all. What fn closes over must not depend on the sample, or the batch is
+            computed in one piece.
         method: "exact", one product per element; "hutchinson", the mean of z.(J z) over probes z (Hutchinson 1990);
             "hutchpp" (Meyer et al. 2021), "xtrace" (Epperly et al. 2024), for Jacobians whose spectrum decays;
             "colour", probes on pixels far apart (after Tang and Saad 2012), for local networks on images (C, H, W).
         num_matvecs: products per sample; above the number of elements the result is exact, with a warning.
         distribution: "rademacher", "normal", "sphere", "orthogonal" or "hadamard"; of hutchinson and hutchpp.
-        seed, sample_ids, step: the key of the probes; sample_ids int64 (B,), default 0 .. B-1.
+        seed, sample_ids, step: the key of the probes; sample_ids int64 (B,), default 0 .. B-1, distinct
+            modulo 2^32.
         abstol, reltol: draw probes until std_err <= max(abstol, reltol |div|), each sample for itself: first
-            max(num_matvecs, 8) products, then doubling, up to max_matvecs (default: until exact costs no more).
+            max(num_matvecs, 8) products, then doubling, up to max_matvecs (default: until exact costs no more). A last
+            round that is too small for an error bar is left out.
         num_colours: of method "colour"; default all of num_matvecs in one sweep, which shows no spread.
         resphere: of "xtrace": scale test vectors within the complement of the others (section 2.3 there).
         identity: fn(x) = identity x + rest(x), a number or (B,): only the rest is estimated. It matters to normal
@@ -126,9 +130,10 @@ def _identity(identity: Any, x: Tensor) -> Tensor | None:
 
 
 def _distinct(ids: Tensor) -> Tensor:
-    """Equal ids would get equal probes, whose errors do not average out over the samples."""
-    if ids.unique().shape[0] != ids.shape[0]:
-        raise ValueError(f"sample_ids must be distinct, got {ids.shape[0] - ids.unique().shape[0]} repeated")
+    """Equal ids, modulo 2^32, would get equal probes, whose errors do not average out over the samples."""
+    repeated = ids.shape[0] - (ids & MASK).unique().shape[0]
+    if repeated:
+        raise ValueError(f"sample_ids must be distinct, got {repeated} repeated (they count modulo 2^32)")
     return ids
 
 

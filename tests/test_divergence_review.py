@@ -86,3 +86,156 @@ def test_hutchpp_has_no_bias(distribution: str, count: int) -> None:
     )
     error = found.div - matrix.trace()
     assert abs(float(error.mean())) < 4 * float(error.std()) / 3000**0.5
+
+
+# -- which rows belong together ---------------------------------------------------------------------------------------
+class HoldsTheBatch(nn.Module):
+    """Keeps a tensor of the batch, as wrappers of conditional models do."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale, self.inner = scale, nn.Linear(12, 12).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale
+
+
+@pytest.mark.parametrize("rows", [2, 5, 256, 257])
+def test_tensors_of_the_batch_in_containers_and_modules(rows: int) -> None:
+    x, scale, weight = normals(rows, 12), normals(rows, 1), normals(12, 12)
+    wanted = weight.trace() * scale[:, 0]
+    for given in ({"scale": scale}, [scale], ({"a": [scale]},)):
+
+        def scaled(x: Tensor, given: Any) -> Tensor:
+            while not isinstance(given, Tensor):
+                given = next(iter(given.values())) if isinstance(given, dict) else given[0]
+            return (x @ weight.T) * given
+
+        assert largest_error(fd.divergence(scaled, x, given, method="exact").div, wanted) < 1e-12
+        some = fd.divergence(scaled, x, given, abstol=5.0, num_matvecs=8)  # rows leave in turn
+        whole = fd.divergence(scaled, x, scale, abstol=5.0, num_matvecs=8)
+        assert torch.equal(some.div, whole.div)
+    module = HoldsTheBatch(scale)
+    found = fd.divergence(module, x, method="exact").div
+    assert largest_error(found, module.inner.weight.trace() * scale[:, 0]) < 1e-12
+    with pytest.raises(ValueError, match="need a fn whose batch can be cut"):
+        fd.divergence(module, x, abstol=0.1)
+
+
+def test_a_batch_of_one_is_like_any_other() -> None:
+    """A closed-over (1,) tensor has the batch's size by accident: bits and tolerances must not change with that."""
+    torch.manual_seed(0)
+    model, time = nn.Sequential(nn.Linear(24, 32), nn.SiLU(), nn.Linear(32, 24)), torch.tensor([0.7])
+    x = normals(7, 24).float()
+
+    def fn(x: Tensor) -> Tensor:
+        return model(x * time)
+
+    whole = fd.divergence(fn, x, num_matvecs=4)
+    alone = fd.divergence(fn, x[3:4], num_matvecs=4, sample_ids=torch.tensor([3]))
+    assert torch.equal(alone.div, whole.div[3:4])
+    assert bool(fd.divergence(fn, x[3:4], abstol=10.0).converged.all())
+
+
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_a_mask_beside_a_batch_of_one(closed_over: bool) -> None:
+    """(1, H, W) fits one row (1, C, H, W), but not copies of both."""
+    torch.manual_seed(0)
+    model, mask = nn.Conv2d(3, 3, 3, padding=1), normals(1, 6, 6).float()
+    x = normals(4, 3, 6, 6).float()
+
+    def fn(x: Tensor, m: Tensor = mask) -> Tensor:
+        return model(x) * m
+
+    arguments = () if closed_over else (mask,)
+    alone = fd.divergence(fn, x[:1], *arguments, method="exact")
+    torch.testing.assert_close(alone.div, fd.divergence(fn, x, *arguments, method="exact").div[:1])
+
+
+@pytest.mark.parametrize("state", ["nan", "half"])
+def test_coupling_shows_at_any_state(state: str) -> None:
+    """A first row of NaN made all comparisons equal; at 0.5 the changed rows were the same rows."""
+    x = torch.full((5, 12), 0.5, dtype=torch.float64)
+    if state == "nan":
+        x = normals(5, 12)
+        x[0] = math.nan
+    with pytest.raises(ValueError, match="fn couples the rows"):
+        fd.divergence(lambda x: torch.tanh(x) - 1e-3 * x.mean(0), x)
+
+
+# -- what belongs to the user -----------------------------------------------------------------------------------------
+class Spread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((1,), 2.0).expand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.get_buffer("scale")
+
+
+def test_buffers_that_cannot_be_written_to() -> None:
+    assert fd.divergence(Spread(), normals(3, 12).float(), method="exact").div.tolist() == [24.0] * 3
+
+
+def test_no_random_state_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed, which seeds every device, was called for x on a CPU: nothing puts the others back."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    before = torch.get_rng_state()
+    for forward in ("dual", "torch"):
+        fd.divergence(lambda x: torch.sin(x), normals(3, 12), forward=forward)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+
+
+# -- types ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_a_result_of_another_dtype(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(12, 12)
+    count = {"hutchpp": 9, "xtrace": 12}.get(method, 9)
+    wanted = fd.divergence(model, normals(3, 12).float(), method=method, num_matvecs=count).div
+    double = nn.Linear(12, 12).double()
+    double.load_state_dict(model.state_dict())
+    found = fd.divergence(lambda x: double(x.double()), normals(3, 12).float(), method=method, num_matvecs=count)
+    assert float((found.div - wanted).abs().max()) < 1e-4
+    assert found.value.dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fd.divergence(model, normals(3, 12).float(), method=method, num_matvecs=count)
+    assert float((found.div - wanted).abs().max()) < 0.3
+    assert found.value.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["hutchpp", "xtrace", "colour"])
+def test_an_identity_that_bfloat16_does_not_hold(method: str) -> None:
+    """0.3 rounds to 0.3008, which was subtracted, while 0.3 was added: 2.4 of 921.6 too little."""
+    x, columns = torch.ones(2, 3072, dtype=torch.bfloat16), 3072
+    found = fd.divergence(lambda x: 0.3 * x, x, method=method, num_matvecs=10, identity=0.3)
+    own = fd.divergence(lambda x: 0.3 * x, x, method=method, num_matvecs=10)
+    assert float((found.div - own.div).abs().max()) < 0.3 * columns * 2**-10
+
+
+@pytest.mark.parametrize("result", [lambda x: x.long(), lambda x: x * (1 + 1j)])
+def test_results_must_be_real(result: Any) -> None:
+    with pytest.raises(ValueError, match="must return floating numbers"):
+        fd.divergence(result, normals(3, 4))
+
+
+def test_ids_that_are_equal_modulo_2_to_the_32_are_repeated() -> None:
+    with pytest.raises(ValueError, match=r"distinct, got 1 repeated \(they count modulo"):
+        fd.divergence(torch.sin, normals(2, 4), sample_ids=torch.tensor([1, 2**32 + 1]))
+
+
+def test_transforms_in_fn_are_named() -> None:
+    """The score of an energy, written with torch.func.grad, ended in an error of the compiler's."""
+    weight = normals(12, 12)
+
+    def energy(x: Tensor) -> Tensor:
+        return (torch.sin(x) @ weight * x).sum()
+
+    score, x = torch.func.vmap(torch.func.grad(energy)), normals(3, 12)
+    with pytest.raises(ValueError, match="forward='torch' takes such functions"):
+        fd.divergence(score, x)
+    found = fd.divergence(score, x, method="exact", forward="torch").div
+    wanted = torch.stack([torch.func.hessian(energy)(row).trace() for row in x])
+    assert largest_error(found, wanted) < 1e-12

@@ -107,20 +107,20 @@ def _flops(node: fx.Node) -> int:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return 0
-    size = math.prod(_hint(length) for length in value.shape)
+    size = math.prod(hint(length) for length in value.shape)
     if node.target is aten.linear.default:
-        return 2 * size * _hint(shape_of(node.args[1])[1])
+        return 2 * size * hint(shape_of(node.args[1])[1])
     if str(node.target).startswith("aten.conv") and len(shape_of(node.args[1])) > 2:  # conv2d, convolution, ...
-        return 2 * size * math.prod(_hint(length) for length in shape_of(node.args[1])[1:])
+        return 2 * size * math.prod(hint(length) for length in shape_of(node.args[1])[1:])
     if node.target is aten.scaled_dot_product_attention.default:
-        *_, length, width = (_hint(item) for item in shape_of(node.args[1]))
-        return 2 * (size // _hint(value.shape[-1])) * length * (width + _hint(value.shape[-1]))
+        *_, length, width = (hint(item) for item in shape_of(node.args[1]))
+        return 2 * (size // hint(value.shape[-1])) * length * (width + hint(value.shape[-1]))
     if node.target in _PRODUCTS:
-        return 2 * size * _hint(shape_of(node.args[0])[-1])
+        return 2 * size * hint(shape_of(node.args[0])[-1])
     return 0
 
 
-def _hint(length: Any) -> int:
+def hint(length: Any) -> int:
     """The size at which a symbolic dimension was traced."""
     return length if isinstance(length, int) else int(length.node.hint)
 
@@ -147,7 +147,7 @@ def plane_bytes(dual: Dual) -> int:
 
 def _elements(node: fx.Node) -> int:
     value = node.meta.get("val")
-    return math.prod(_hint(length) for length in value.shape) if isinstance(value, Tensor) else 0
+    return math.prod(hint(length) for length in value.shape) if isinstance(value, Tensor) else 0
 
 
 def _bytes(node: fx.Node) -> int:

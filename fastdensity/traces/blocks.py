@@ -54,9 +54,15 @@ def plan(function: Function, x: Tensor, memory: int | None) -> Plan:
         result = Plan(rows, _tangents(budget, rows * row_bytes), False)
     try:
         graph = _whole_graph(function, x) if dual is None else dual
-    except Exception:
+    except Exception as error:
         _check_rows_apart(function, x, result)  # the better reason, if it is one
-        raise
+        if isinstance(error, (ValueError, TypeError, NotImplementedError)):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"fn runs, but fd.jvp cannot trace it ({type(error).__name__}: {reason}). Transforms of torch.func in fn "
+            "do this, for example; forward='torch' takes such functions"
+        ) from error
     if graph is None or graph not in _apart:
         _check_rows_apart(function, x, result)
     if graph is not None:
@@ -98,14 +104,42 @@ def _one_row(function: Function, x: Tensor) -> Any:
     from fastdensity.dual.capture import capture
 
     batch = x.shape[0]
-    if any(tensor.dim() and tensor.shape[0] == batch for tensor in capture(function.fn).tensors):
+    if batch > 1 and any(tensor.dim() and tensor.shape[0] == batch for tensor in capture(function.fn).tensors):
         return None  # what it closes over may belong to the rows, and cannot be cut with them
     one = function.rows(torch.zeros(1, dtype=torch.int64, device=x.device), batch)
     try:
         dual = find(one.fn, (x[:1], *one.args))[0]
+        if not isinstance(dual, Dual) or not _keeps_rows(dual, x[:1]):
+            return None  # a module that holds a tensor of the batch gives more than the one row
+        if batch == 1 and not _takes_copies(function, x, dual):
+            return None
     except Exception:  # fn takes no single row, say: if the fault is another, the whole batch has it, too
         return None
-    return dual if isinstance(dual, Dual) else None
+    return dual
+
+
+def _takes_copies(function: Function, x: Tensor, dual: Any) -> bool:
+    """Can a single row be filled up? Its mask (1, H, W) may belong to it or to all: what only its own size fits cannot.
+
+    One row of a costly network stays alone.
+    """
+    from fastdensity.dual.cache import find
+
+    if x.device.type != "cpu" or _rows_on_cpu(_costs(dual)[0]) == 1:
+        return True
+    index = torch.zeros(2, dtype=torch.int64)
+    pair = function.rows(index, 1)
+    return _keeps_rows(find(pair.fn, (x[index], *pair.args))[0], x[index])
+
+
+def _keeps_rows(dual: Any, x: Tensor) -> bool:
+    """Has the result x's shape, with as many rows as the trace had?"""
+    from fastdensity.dual.table import hint
+
+    result = next(iter(dual.traced.graph.find_nodes(op="output"))).args[0]
+    value = (result[0] if isinstance(result, (tuple, list)) else result).meta["val"]
+    rows = x.shape[0] if dual.traced.batch is None else dual.traced.batch
+    return tuple(map(hint, value.shape)) == (rows, *x.shape[1:])
 
 
 def blocks(rows: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
@@ -126,18 +160,29 @@ def _check_rows_apart(function: Function, x: Tensor, how: Plan) -> None:
         return
     index = index.to(x.device)
     pair = function.rows(index, batch)
-    rows = x.detach()[index]
-    changed = torch.cat([rows[:1], 0.5 * torch.flip(rows[1:], (-1,)) + 0.25])
+    rows = x.detach()[index].nan_to_num(0.0, 0.0, 0.0)
+    other = torch.where(rows[1:].abs() < 1.0, 0.5 * torch.flip(rows[1:], (-1,)) + 1.75, 0.5 * rows[1:])
+    changed = torch.cat([rows[:1], other])  # no element is what it was
     results = []
     for state in (rows, changed):
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), _buffers_kept(function):
-            torch.manual_seed(0)
+        with _random_numbers_of_their_own(x.device), _buffers_kept(function):
             results.append(checked_value(pair.fn(state, *pair.args), state)[0].nan_to_num())
     if not torch.equal(*results):
         raise ValueError(
             "fn couples the rows of a batch: its result for one row changes with another row, so that no row has a "
             "divergence of its own. Batch normalisation in training mode does this: call model.eval()"
         )
+
+
+@contextmanager
+def _random_numbers_of_their_own(device: torch.device) -> Iterator[None]:
+    """The same each time. Only generators that are put back are seeded: torch.manual_seed would seed all devices'."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 @contextmanager
@@ -152,4 +197,5 @@ def _buffers_kept(function: Function) -> Iterator[None]:
             yield
         finally:
             for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+                if not torch.equal(buffer.nan_to_num(), value.nan_to_num()):  # not all can be written to
+                    buffer.copy_(value)

@@ -114,7 +114,8 @@ def _until_tolerance(task: Task, how: DivergenceMethod, cut: Plan, columns: int)
     if cut.together:
         raise ValueError(
             "abstol and reltol need a fn whose batch can be cut: it closes over a tensor with the batch's first "
-            "dimension, or forward is 'torch'; pass such tensors as arguments of divergence"
+            "dimension (pass it as an argument of divergence), takes no single row, calls fd.jvp itself, or forward is "
+            "'torch'"
         )
     cap = columns if how.max_matvecs is None else min(how.max_matvecs, columns)
     if how.method == "colour" and how.num_colours is None:  # the same colours in all rounds
@@ -134,7 +135,7 @@ def _until_tolerance(task: Task, how: DivergenceMethod, cut: Plan, columns: int)
         rows = (~met & div.isfinite()).nonzero()[:, 0]
         size = min(used, cap - used)
         method = _method(how, used, size, columns)
-        if rows.numel() == 0 or method == how.method and size < least:
+        if rows.numel() == 0 or (method == how.method and size < least):
             return Estimate(value, div, std_err, products, met)
         if method == "exact":
             size = cap - used

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from fastdensity.boundary import describe
 from fastdensity.jvp import jvp
@@ -22,8 +23,8 @@ class Function:
     """fn(x, *args) of rows that are independent of each other.
 
     Attributes:
-        fn: (B, *), args -> (B, *). args: a tensor whose first dimension is B belongs to the rows, row by row;
-            anything else is the same for all of them.
+        fn: (B, *), args -> (B, *). args: a tensor whose first dimension is B belongs to the rows, row by row, also
+            within tuples, lists and dicts; anything else is the same for all of them.
         forward: "dual", `fastdensity.jvp`; or "torch", torch.func.jvp, for functions that cannot be traced.
     """
 
@@ -33,7 +34,7 @@ class Function:
 
     def rows(self, index: Tensor, batch: int) -> Function:
         """The same function of the rows `index` of a batch."""
-        args = tuple(arg[index] if _belongs_to_rows(arg, batch) else arg for arg in self.args)
+        args = pytree.tree_map(lambda leaf: leaf[index] if _belongs_to_rows(leaf, batch) else leaf, self.args)
         return Function(self.fn, args, self.forward)
 
     def push(self, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,9 @@ def _belongs_to_rows(arg: Any, batch: int) -> bool:
 
 
 def checked_value(value: Any, x: Tensor) -> Tensor:
-    """fn's result; ValueError unless it is a tensor of x's shape, for only then is its Jacobian square."""
+    """fn's result; ValueError unless it is a real tensor of x's shape, for only then is its Jacobian square."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        raise ValueError(f"fn(x) must return floating numbers, it returned {describe(value)}")
     if not isinstance(value, Tensor) or value.shape != x.shape:
         sizes = ", ".join(map(str, x.shape[1:]))
         raise ValueError(

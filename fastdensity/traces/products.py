@@ -64,9 +64,9 @@ class JacobianProducts:
     def apply(self, vectors: Tensor) -> Tensor:
         """See `Products`."""
         products = torch.cat([self._push(part) for part in torch.split(vectors, self.tangents)])
-        if self.identity is not None:
-            products = products - self.identity.to(products.dtype)[:, None] * vectors
-        return products
+        if self.identity is not None:  # in float64: a rounded identity is not what is added to the trace
+            products = products.double() - self.identity[:, None] * vectors
+        return products.to(self.dtype)  # under autocast, say, fn's own is another; vectors made of these must fit x
 
     def forms(self, first: int, count: int, distribution: str) -> Tensor:
         """See `Products`. Probes are made where they enter and again where they meet their products, in registers or a
