@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 OUT ?= fastdensity-samples
 SANITIZED := .venv-sanitize
+# Packages that tests and benchmarks run beside this one; some list torchvision or Lightning, which is not needed here.
+PEERS := torchcfm flow_matching torchdiffeq zuko torchdyn
 
 .DEFAULT_GOAL := help
 .PHONY: help sample test lint bench gpu sanitize clean
@@ -27,6 +29,8 @@ lint: $(VENV)/.test ## formatting, ruff, mypy
 bench: $(VENV)/.test ## the CPU benchmarks: tables, and JSON under benchmarks/results
 	$(BIN)/python -m benchmarks.run rows
 	$(BIN)/python -m benchmarks.run jvp
+	$(BIN)/python -m benchmarks.run probe
+	$(BIN)/python -m benchmarks.run divergence
 
 gpu: ## on a machine with a CUDA device: build, GPU tests, sanitizer, benchmarks (no network needed)
 	bash benchmarks/gpu.sh
@@ -49,7 +53,7 @@ $(VENV)/.sample: $(SOURCES) | $(BIN)/python
 
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
-	$(BIN)/python -m pip install -c constraints.txt --no-deps torchcfm  # its own list has torchvision, for CUDA only
+	$(BIN)/python -m pip install -c constraints.txt --no-deps $(PEERS)
 	touch $@ $(VENV)/.sample
 
 # A second environment sees the packages of the first, but not its editable install of fastdensity.

@@ -393,5 +393,29 @@ def test_costly_networks_are_called_with_fewer_rows() -> None:
     small = blocks.plan(blocks.Function(network()), normals(9, 24).float(), None)
     large = blocks.plan(blocks.Function(network(2048, 1024)), x, None)
     huge = blocks.plan(blocks.Function(network(8192, 1024)), x, None)
-    assert (small.rows, large.rows, huge.rows) == (blocks.MOST_ROWS, 8, 1)
+    assert (small.rows, large.rows, huge.rows) == (blocks.MOST_ROWS, 16, 2)
+    assert [blocks._rows_on_cpu(1 << 30, products) for products in (1, 2, 3, 8)] == [2, 2, 1, 1]
     assert blocks.plan(blocks.Function(network()), normals(9, 24).float(), 1).tangents == 1
+
+
+def test_a_batch_size_in_the_code_is_respected() -> None:
+    """One row, cut into eight, would pass through this function too, as another one."""
+    x = normals(8, 24)
+
+    def fn(x: Tensor) -> Tensor:
+        return torch.softmax(x.reshape(8, -1), dim=1).reshape(x.shape)
+
+    found = fd.divergence(fn, x, method="exact")
+    torch.testing.assert_close(found.value, fn(x))
+    share = torch.softmax(x, dim=1)
+    torch.testing.assert_close(found.div, (share * (1 - share)).sum(1))
+
+
+def test_a_detached_state_is_named() -> None:
+    """The gradient of a potential at x.detach() has no derivative by x, and the divergence would be 0 in silence."""
+
+    def score(x: Tensor) -> Tensor:
+        return x.detach().sin() * 2.0 + 0.0 * x
+
+    with pytest.warns(UserWarning, match="detach"):
+        fd.divergence(score, normals(3, 12), method="exact")

@@ -23,7 +23,7 @@ from fastdensity.dual.functional import line_of, make_functional
 from fastdensity.dual.nested import NestedDual, NestedJvpError, end_outer_trace, inside_trace
 from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
-from fastdensity.dual.rewrite import rewrite
+from fastdensity.dual.rewrite import dependents, rewrite
 from fastdensity.dual.tracing import Traced, trace
 from fastdensity.dual.watch import Watch
 
@@ -35,6 +35,8 @@ _MOST_GRAPHS = 64
 _MANY_TRACES = 16
 _DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_DETACH = torch.ops.aten.detach.default
+_LARGEST = (torch.ops.aten.amax.default, torch.ops.aten.max.default, torch.ops.aten.max.dim)
 _lock = threading.RLock()
 
 
@@ -47,6 +49,7 @@ class Dual:
         make_casts_explicit(self.traced.graph, autocast)
         recognise(self.traced.graph, self.traced.sources)
         _warn_of_dropout(self.traced.graph)
+        _warn_of_detach(self.traced)
         self.graph, self.records = rewrite(self.traced)
         self.watch = Watch(captured.modules, captured.objects)
         self.captured = captured  # keeps what the key names alive
@@ -89,6 +92,20 @@ def _warn_of_dropout(graph: fx.Graph) -> None:
             warnings.warn(
                 f"dropout is active in fn, at {line_of(node)}: the value and its tangents share one mask, and "
                 "results change from call to call; call model.eval() for the network itself",
+                stacklevel=6,
+            )
+            return
+
+
+def _warn_of_detach(traced: Traced) -> None:
+    """The gradient of a potential taken at x.detach() has derivative 0, as for torch, and few mean that."""
+    carries = dependents(traced)
+    for node in traced.graph.find_nodes(op="call_function", target=_DETACH):
+        of_shift_only = all(user.target in _LARGEST for user in node.users)  # as in a stable softmax
+        if node.args[0] in carries and not of_shift_only:
+            warnings.warn(
+                f"fn detaches what depends on its input, at {line_of(node)}: derivatives end there, as for "
+                "torch.func.jvp. For the gradient of a potential leave the detach out: x.requires_grad_() will do",
                 stacklevel=6,
             )
             return

@@ -20,11 +20,15 @@ from torch import Tensor
 from fastdensity.traces.function import Function, checked_value
 
 MOST_ROWS = 256
-BLOCK_OPERATIONS = 1 << 28  # of a network call on one block, value only: a few milliseconds
+BLOCK_OPERATIONS = 1 << 29  # of a network call on one block, value only: some milliseconds
+LEAST_PLANES = 4  # values and tangents of a call, below which a large network, too, runs slower than it could
 MEMORY = {"cpu": 1 << 28}  # bytes of a call's intermediate results
 DEVICE_MEMORY = 1 << 31
 UNKNOWN_LAYERS = 16  # of a function that is not traced: it holds so many tensors of its input's size
+MOST_COMPARED = 64  # a larger batch is hardly written out in fn's code
+CLOSE = 1e-2  # relative: what rounding leaves, also in half precision, and another function does not
 _apart: WeakSet[Any] = WeakSet()
+_uncut: WeakSet[Any] = WeakSet()  # graphs of one row that do not give what the batch gives
 _known_costs: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
 
@@ -37,20 +41,24 @@ class Plan:
     together: bool
 
 
-def plan(function: Function, x: Tensor, memory: int | None) -> Plan:
-    """How fn is called on a batch like x; checks, once per function, that its rows are independent.
+def plan(function: Function, x: Tensor, memory: int | None, products: int = 1) -> Plan:
+    """How fn is called on a batch like x for so many products; checks, once per function, that rows are independent.
 
     Raises:
         ValueError: a row of fn's result depends on another row.
     """
     budget = MEMORY.get(x.device.type, DEVICE_MEMORY) if memory is None else memory
-    dual = _one_row(function, x)
+    dual = _one_row(function, x, products)
     if dual is None:
         row_bytes = x[0].numel() * x.element_size() * UNKNOWN_LAYERS
         result = Plan(x.shape[0], _tangents(budget, x.shape[0] * row_bytes), True)
     else:
         cost, row_bytes = _costs(dual)
-        rows = _rows_on_cpu(cost) if x.device.type == "cpu" else min(x.shape[0], max(1, budget // (2 * row_bytes)))
+        rows = (
+            _rows_on_cpu(cost, products)
+            if x.device.type == "cpu"
+            else min(x.shape[0], max(1, budget // (2 * row_bytes)))
+        )
         result = Plan(rows, _tangents(budget, rows * row_bytes), False)
     try:
         graph = _whole_graph(function, x) if dual is None else dual
@@ -65,13 +73,17 @@ def plan(function: Function, x: Tensor, memory: int | None) -> Plan:
         ) from error
     if graph is None or graph not in _apart:
         _check_rows_apart(function, x, result)
+        if not result.together and not _is_the_same_alone(function, x):
+            _uncut.add(graph)
+            return plan(function, x, memory, products)
     if graph is not None:
         _apart.add(graph)
     return result
 
 
-def _rows_on_cpu(cost: int) -> int:
-    return min(MOST_ROWS, 1 << max(0, (BLOCK_OPERATIONS // cost).bit_length() - 1))
+def _rows_on_cpu(cost: int, products: int) -> int:
+    affordable = 1 << max(0, (BLOCK_OPERATIONS // cost).bit_length() - 1)
+    return min(MOST_ROWS, max(affordable, -(-LEAST_PLANES // (1 + products))))
 
 
 def _whole_graph(function: Function, x: Tensor) -> Any:
@@ -96,7 +108,7 @@ def _tangents(budget: int, bytes_each: int) -> int:
     return max(1, budget // max(1, bytes_each) - 1)
 
 
-def _one_row(function: Function, x: Tensor) -> Any:
+def _one_row(function: Function, x: Tensor, products: int) -> Any:
     """The dual of fn on one row; None where only the whole batch can be computed at once."""
     if function.forward != "dual":
         return None
@@ -109,23 +121,23 @@ def _one_row(function: Function, x: Tensor) -> Any:
     one = function.rows(torch.zeros(1, dtype=torch.int64, device=x.device), batch)
     try:
         dual = find(one.fn, (x[:1], *one.args))[0]
-        if not isinstance(dual, Dual) or not _keeps_rows(dual, x[:1]):
+        if dual in _uncut or not isinstance(dual, Dual) or not _keeps_rows(dual, x[:1]):
             return None  # a module that holds a tensor of the batch gives more than the one row
-        if batch == 1 and not _takes_copies(function, x, dual):
+        if batch == 1 and not _takes_copies(function, x, dual, products):
             return None
     except Exception:  # fn takes no single row, say: if the fault is another, the whole batch has it, too
         return None
     return dual
 
 
-def _takes_copies(function: Function, x: Tensor, dual: Any) -> bool:
+def _takes_copies(function: Function, x: Tensor, dual: Any, products: int) -> bool:
     """Can a single row be filled up? Its mask (1, H, W) may belong to it or to all: what only its own size fits cannot.
 
-    One row of a costly network stays alone.
+    One row of a costly network stays alone, if its products fill a call.
     """
     from fastdensity.dual.cache import find
 
-    if x.device.type != "cpu" or _rows_on_cpu(_costs(dual)[0]) == 1:
+    if x.device.type != "cpu" or _rows_on_cpu(_costs(dual)[0], products) == 1:
         return True
     index = torch.zeros(2, dtype=torch.int64)
     pair = function.rows(index, 1)
@@ -172,6 +184,29 @@ def _check_rows_apart(function: Function, x: Tensor, how: Plan) -> None:
             "fn couples the rows of a batch: its result for one row changes with another row, so that no row has a "
             "divergence of its own. Batch normalisation in training mode does this: call model.eval()"
         )
+
+
+def _is_the_same_alone(function: Function, x: Tensor) -> bool:
+    """Does the last row alone give what it gives in the batch? Not where the batch's size is written out in fn.
+
+    Not asked of a fn that draws random numbers, which are others in another shape.
+    """
+    batch = x.shape[0]
+    if not 1 < batch <= MOST_COMPARED:
+        return True
+    alone = function.rows(torch.tensor([batch - 1], device=x.device), batch)
+    with _random_numbers_of_their_own(x.device), _buffers_kept(function):
+        before = _random_state(x.device)
+        together = function.fn(x, *function.args)
+        if not torch.equal(before, _random_state(x.device)):
+            return True
+        single = alone.fn(x[-1:], *alone.args)
+    wide, found = together[-1:].double().nan_to_num(), single.double().nan_to_num()
+    return bool((found - wide).norm() <= CLOSE * wide.norm())
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def estimate(task: Task, how: DivergenceMethod) -> Estimate:
     if x.numel() == 0:
         zero = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         return Estimate(task.function.fn(x, *task.function.args), zero, zero, zero.long(), zero == 0)
-    cut = plan(task.function, x, how.memory)
+    cut = plan(task.function, x, how.memory, columns if how.method == "exact" else how.num_matvecs)
     method = how.method
     if method != "exact" and how.num_matvecs > columns:
         method = _say_exact(how.num_matvecs, columns)
