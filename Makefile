@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 OUT ?= fastdensity-samples
 SANITIZED := .venv-sanitize
+# processes of the test suite, a core each
+WORKERS ?= 2
 # Packages that tests and benchmarks run beside this one; some list torchvision or Lightning, which is not needed here.
 PEERS := torchcfm flow_matching torchdiffeq zuko torchdyn
 
@@ -19,7 +21,7 @@ sample: $(VENV)/.sample ## create the environment, install, draw guided samples 
 	$(BIN)/fastdensity sample --out $(OUT)
 
 test: $(VENV)/.test ## create the environment, install, run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.test ## formatting, ruff, mypy
 	$(BIN)/ruff format --check .

@@ -182,7 +182,8 @@ def test_torch_backend_agrees():
 
     with use("torch"):
         wanted = run()
-    torch.testing.assert_close(run(), wanted)
+    for found, other in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)  # both add up float32 products
 
 
 def test_wrong_arguments_are_named():

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from fastdensity.reference.probe import hadamard_order
+from fastdensity.reference.probe import feistel_rounds, hadamard_order
 from fastdensity.triton_kernels import probe_kernels, trace_linear_kernels
 from fastdensity.triton_kernels.dual_linear import MOST_STAGES, STRIP, TILES, tangents_per_program
 from fastdensity.triton_kernels.probe import PAIRS
@@ -146,7 +146,9 @@ def _hadamard_rows(seed: int, ids: Tensor, step: int, first: int, count: int, co
     pairs = count * ids.shape[0]
     chosen = torch.empty(pairs, dtype=torch.int64, device=ids.device)
     arguments = (chosen, ids, seed, step, stream, first, pairs, ids.shape[0])
-    probe_kernels.choose_rows[-(-pairs // PAIRS),](*arguments, ORDER=hadamard_order(columns), PAIRS=PAIRS)
+    order = hadamard_order(columns)
+    constants = {"ORDER": order, "ROUNDS": feistel_rounds(order), "PAIRS": PAIRS}
+    probe_kernels.choose_rows[-(-pairs // PAIRS),](*arguments, **constants)
     return chosen
 
 
