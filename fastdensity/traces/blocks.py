@@ -2,8 +2,8 @@
 
 On a CPU a matrix product may round a row differently in a batch of another size. So the network is always called with
 the same number of rows, missing ones filled up with copies: then a row's bits cannot depend on its batch. That number
-is set by the network and the shape of a sample alone, such that filling up costs some milliseconds at most: one
-row for large networks. On other devices the rows stay together, as memory allows.
+is set by the network, the shape of a sample and the number of products, such that filling up costs some milliseconds at
+most: one or two rows for large networks. On other devices the rows stay together, as memory allows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdensity.traces.function import Function, checked_value
 
 MOST_ROWS = 256
-BLOCK_OPERATIONS = 1 << 29  # of a network call on one block, value only: some milliseconds
+BLOCK_OPERATIONS = 1 << 29  # of a network call on one block, value and tangents: some milliseconds
 LEAST_PLANES = 4  # values and tangents of a call, below which a large network, too, runs slower than it could
 MEMORY = {"cpu": 1 << 28}  # bytes of a call's intermediate results
 DEVICE_MEMORY = 1 << 31
@@ -82,8 +82,9 @@ def plan(function: Function, x: Tensor, memory: int | None, products: int = 1) -
 
 
 def _rows_on_cpu(cost: int, products: int) -> int:
-    affordable = 1 << max(0, (BLOCK_OPERATIONS // cost).bit_length() - 1)
-    return min(MOST_ROWS, max(affordable, -(-LEAST_PLANES // (1 + products))))
+    planes = 1 + products
+    affordable = 1 << max(0, (BLOCK_OPERATIONS // (cost * planes)).bit_length() - 1)
+    return min(MOST_ROWS, max(affordable, -(-LEAST_PLANES // planes)))
 
 
 def _whole_graph(function: Function, x: Tensor) -> Any:
