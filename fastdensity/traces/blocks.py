@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdensity.traces.function import Function, checked_value
 
 MOST_ROWS = 256
-BLOCK_OPERATIONS = 1 << 29  # of a network call on one block, value and tangents: some milliseconds
+VALUE_OPERATIONS, BLOCK_OPERATIONS = 1 << 28, 1 << 30  # of a call on one block, without and with its tangents
 LEAST_PLANES = 4  # values and tangents of a call, below which a large network, too, runs slower than it could
 MEMORY = {"cpu": 1 << 28}  # bytes of a call's intermediate results
 DEVICE_MEMORY = 1 << 31
@@ -83,8 +83,8 @@ def plan(function: Function, x: Tensor, memory: int | None, products: int = 1) -
 
 def _rows_on_cpu(cost: int, products: int) -> int:
     planes = 1 + products
-    affordable = 1 << max(0, (BLOCK_OPERATIONS // (cost * planes)).bit_length() - 1)
-    return min(MOST_ROWS, max(affordable, -(-LEAST_PLANES // planes)))
+    affordable = min(VALUE_OPERATIONS // cost, BLOCK_OPERATIONS // (cost * planes))
+    return min(MOST_ROWS, max(1 << max(0, affordable.bit_length() - 1), -(-LEAST_PLANES // planes)))
 
 
 def _whole_graph(function: Function, x: Tensor) -> Any:
