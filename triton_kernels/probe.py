@@ -24,6 +24,17 @@ MOST_PROGRAMS = 2**31 - 1
 PAIRS = 128  # whose rows of Sylvester's matrix one program chooses
 
 
+def hadamard_rows(seed: int, ids: Tensor, step: int, first: int, count: int, columns: int, stream: int) -> Tensor:
+    """The row of Sylvester's matrix of each pair of a probe and a sample, (count * B,); ids are dense int64."""
+    pairs = count * ids.shape[0]
+    rows = torch.empty(pairs, dtype=torch.int64, device=ids.device)
+    arguments = (rows, ids, seed, step, stream, first, pairs, ids.shape[0])
+    order = hadamard_order(columns)
+    constants = {"ORDER": order, "ROUNDS": feistel_rounds(order), "PAIRS": PAIRS, "num_warps": 4}
+    probe_kernels.choose_rows[-(-pairs // PAIRS),](*arguments, **constants, enable_fp_fusion=True)
+    return rows
+
+
 class _Work:
     """The launches that one call consists of share these."""
 
@@ -42,14 +53,10 @@ class _Work:
         self.chunks = -(-columns // (size * self.tiles))
         if self.pairs * self.chunks > MOST_PROGRAMS:
             raise ValueError(f"{self.pairs} probes of {columns} elements need more than {MOST_PROGRAMS} programs")
-        order = hadamard_order(columns)
         rows = None
         if self.distribution == "hadamard":
-            rows = torch.empty(self.pairs, dtype=torch.int64, device=self.device)
-            arguments = (rows, ids, seed, step, stream, first, self.pairs, samples)
-            grid = -(-self.pairs // PAIRS)
-            constants = {"ORDER": order, "ROUNDS": feistel_rounds(order), "PAIRS": PAIRS, "num_warps": 4}
-            probe_kernels.choose_rows[grid,](*arguments, **constants, enable_fp_fusion=True)
+            rows = hadamard_rows(seed, ids, step, first, count, columns, stream)
+        order = hadamard_order(columns)
         self.arguments = (rows, ids, seed, step, stream, first, samples, columns // group, self.chunks, order)
         self.constants: dict[str, Any] = {
             "DISTRIBUTION": self.distribution, "DTYPE": tl.float64 if memory.dtype == torch.float64 else tl.float32,

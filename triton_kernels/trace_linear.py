@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from fastdensity.reference.probe import feistel_rounds, hadamard_order
-from fastdensity.triton_kernels import probe_kernels, trace_linear_kernels
+from fastdensity.reference.probe import hadamard_order
+from fastdensity.triton_kernels import trace_linear_kernels
 from fastdensity.triton_kernels.dual_linear import MOST_STAGES, STRIP, TILES, tangents_per_program
-from fastdensity.triton_kernels.probe import PAIRS
+from fastdensity.triton_kernels.probe import hadamard_rows
 from fastdensity.triton_kernels.rows import Launch
 
 # two probes of 16 bits beside the value: on tiles of `dual_linear` those of Hadamard's matrix spill
@@ -110,7 +110,7 @@ def dual_linear_probe_triton(
     """Run on the caller's current stream; the contract is that of `fastdensity.reference.trace_linear`."""
     with _on(out):
         ids = sample_ids.to(torch.int64).contiguous()
-        chosen = _hadamard_rows(seed, ids, step, first, count, columns, stream) if distribution == "hadamard" else None
+        chosen = hadamard_rows(seed, ids, step, first, count, columns, stream) if distribution == "hadamard" else None
         bias = None if bias is None else bias.contiguous()
         key = (seed, ids, step, first, columns, distribution, stream, chosen)
         _run(probe_plan(x.contiguous(), weight.contiguous(), bias, activation, key, out))
@@ -134,22 +134,11 @@ def dual_linear_trace_triton(
         ids, columns = sample_ids.to(torch.int64).contiguous(), weight.shape[0]
         chosen = None
         if distribution == "hadamard":
-            chosen = _hadamard_rows(seed, ids, step, first, stacked.shape[0] - 1, columns, stream)
+            chosen = hadamard_rows(seed, ids, step, first, stacked.shape[0] - 1, columns, stream)
         bias = None if bias is None else bias.contiguous()
         key = (seed, ids, step, first, distribution, stream, chosen)
         for launch in form_plan(stacked.contiguous(), weight.contiguous(), bias, key, value, forms):
             _run(launch)
-
-
-def _hadamard_rows(seed: int, ids: Tensor, step: int, first: int, count: int, columns: int, stream: int) -> Tensor:
-    """The row of Sylvester's matrix of each pair of a probe and a sample."""
-    pairs = count * ids.shape[0]
-    chosen = torch.empty(pairs, dtype=torch.int64, device=ids.device)
-    arguments = (chosen, ids, seed, step, stream, first, pairs, ids.shape[0])
-    order = hadamard_order(columns)
-    constants = {"ORDER": order, "ROUNDS": feistel_rounds(order), "PAIRS": PAIRS}
-    probe_kernels.choose_rows[-(-pairs // PAIRS),](*arguments, **constants)
-    return chosen
 
 
 def _run(launch: Launch) -> None:
