@@ -68,6 +68,9 @@ FLAG_NON_FINITE = 1  # the row holds NaN or infinity
 FLAG_ZERO_SCORE = 2  # ||eps|| = 0: no direction to guide along
 FLAG_ENDPOINT = 4  # alpha or sigma is 0 at an end of the step: log p diverges there
 FLAG_BAD_PARAMETER = 8  # q outside (0, 1), a negative or non-finite alpha or sigma, ...
+# These two do not stop guidance.
+FLAG_LIMITED = 16  # the closed loop wanted an eta that one step cannot follow, and got a smaller one
+FLAG_STALE_STATE = 32  # the guidance state was of another place of the path: the loop began anew
 
 
 # mypy: disable-error-code="no-untyped-def"

@@ -29,7 +29,7 @@ NoiseKey = tuple[int, Tensor, int]  # seed, sample ids (B,), step
 Operands = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def compute_dtype(operands: Operands) -> torch.dtype:
+def compute_dtype(operands: tuple[Tensor | None, ...]) -> torch.dtype:
     """float64 if any operand is float64, else float32."""
     for operand in operands:
         if operand is not None and operand.dtype is torch.float64:
@@ -44,9 +44,9 @@ def result_like(rule: str, operands: Operands) -> Tensor:
     return like
 
 
-def flatten(operands: Operands) -> Operands:
+def flatten(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Each operand (B, *) as rows (B, D); a state of shape (B,) has rows of one element."""
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         None if operand is None else operand.reshape(operand.shape[0], operand.shape[1:].numel())
         for operand in operands
     )
@@ -62,7 +62,7 @@ def rows(
     state = next(operand for operand in operands if operand is not None)
     out_like = result_like(rule, operands)
     dtype = compute_dtype(operands)
-    numbers = [_per_row(parameter, state) for parameter in parameters]
+    numbers = [per_row(parameter, state) for parameter in parameters]
     v0, v1, uncond, v2 = (None if operand is None else operand.to(dtype) for operand in operands)
     if rule == "drift":
         out, report = _drift(v0, v1, v2, *numbers)  # type: ignore[arg-type]
@@ -79,11 +79,16 @@ def rows(
     return out.to(out_like.dtype), report.to(dtype)
 
 
-def _per_row(parameter: Parameter, state: Tensor) -> Tensor:
+def per_row(parameter: Parameter, state: Tensor) -> Tensor:
     """A (B,) float64 tensor of a float, a 0-d, a (1,) or a (B,) tensor."""
     if isinstance(parameter, Tensor):
         return parameter.to(torch.float64).reshape(-1).expand(state.shape[0])
     return torch.full((state.shape[0],), parameter, dtype=torch.float64, device=state.device)
+
+
+def combined_prediction(cond: Tensor, uncond: Tensor | None, cfg_scale: Tensor) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022)."""
+    return cond if uncond is None else uncond + _scaled(cfg_scale, cond - uncond)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ def _guided(
     rule: str, kind: str, x: Tensor, cond: Tensor, uncond: Tensor | None, noise: Tensor | None, numbers: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     alpha, sigma, alpha_next, sigma_next, q, shift, gain, cfg_scale, noise_scale, sigma_data = numbers
-    prediction = cond if uncond is None else uncond + _scaled(cfg_scale, cond - uncond)
+    prediction = combined_prediction(cond, uncond, cfg_scale)
     edm_norm = torch.sqrt(sigma * sigma + (alpha * sigma_data) ** 2)
     along_x, along_p, scale = rules.direction(kind, alpha, sigma, sigma_data, edm_norm)
     direction = _combine((along_x, x), (along_p, prediction))

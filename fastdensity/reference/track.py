@@ -1,0 +1,120 @@
+"""The closed loop of density guidance in torch: what every `track` kernel must compute.
+
+One contract for all implementations, `track(kind, scheme, operands, parameters, memory) -> (eps, report, memory)`:
+
+    operands     (sample x, prediction p, uncond, last x, last eps), rows (B, D); the last three may be absent
+    parameters   `PARAMETERS`, numbers or (B,); memory (B, len(MEMORY)) float64 of the row's last call, 0 when fresh
+    eps          the unguided predicted noise (B, D), which the next call wants as `last eps`
+    report       (B, 4) float64: eta - 1, ||eps||^2, commanded - realised so far, flags
+
+Notation of docs/few-steps.md: y = x / alpha, kappa = sigma / alpha, l = ln(alpha / sigma), and over -div u a move of y
+adds integral(-eps.dy / kappa - ||eps||^2 dl) to log p. All of a row's decisions are in `reference.track_rule`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdensity import rules
+from fastdensity.reference.rows import Parameter, combined_prediction, compute_dtype, flatten, per_row
+from fastdensity.reference.track_rule import Gram, decide
+
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+# How the caller uses the prediction. direct: one evaluation a step. predictor, corrector: Heun's two.
+SCHEMES = ("direct", "predictor", "corrector")
+
+PARAMETERS = (
+    "alpha",
+    "sigma",
+    "alpha_next",  # the step is alpha_next x0 + sigma_next eps ...
+    "sigma_next",
+    "alpha_end",  # ... and arrives at this point of the path: another one for Euler's method in lam
+    "sigma_end",
+    "q",
+    "shift",  # with q the commanded rate, sqrt(2 D) ndtri(q) + shift, nats per unit of l over -div u
+    "repair",  # added to (eta - 1) ||eps||^2 without being commanded: what the step's noise is going to take
+    "cfg_scale",
+    "noise_scale",
+    "sigma_data",
+    "carry",  # a multistep solver's h / (2 h_last), the weight of its last evaluation; 0 for one-step solvers
+    "final",  # 1: no call follows that could mend this step's error
+)
+
+MEMORY = (
+    "steps",  # calls since the row began; 0: nothing is known
+    "alpha",  # where the last call was
+    "sigma",
+    "alpha_end",  # where its step was to arrive
+    "sigma_end",
+    "sq_norm",  # ||eps||^2 there
+    "rate",  # commanded there
+    "eta",
+    "noisy",  # 1: the step added noise
+    "commanded_next",  # of the step under way: commanded, and what was expected of it
+    "realised_next",
+    "length",  # of the step before, in l
+    "mismatch",  # of the slopes on either side of the last call
+    "skew",  # what steps of unequal length did to the trapezoid rule
+    "response",  # how ||eps|| answers to a move along eps, 0 .. 1
+    "commanded",  # of the steps that are over
+    "realised",
+    "limited",  # steps in which eta was bounded
+)
+
+
+def track(
+    kind: str, scheme: str, operands: Operands, parameters: tuple[Parameter, ...], memory: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The contract above; operands of any float dtype, sums and eps in float64 if one is float64, else float32."""
+    x, prediction, uncond, last_x, last_eps = operands
+    dtype = compute_dtype((x, prediction, uncond, last_x))
+    numbers = {name: per_row(value, x) for name, value in zip(PARAMETERS, parameters, strict=True)}
+    before = dict(zip(MEMORY, memory.double().unbind(dim=1), strict=True))
+    x, prediction = x.to(dtype), prediction.to(dtype)
+    prediction = combined_prediction(prediction, None if uncond is None else uncond.to(dtype), numbers["cfg_scale"])
+    alpha, sigma, sigma_data = numbers["alpha"], numbers["sigma"], numbers["sigma_data"]
+    edm_norm = torch.sqrt(sigma * sigma + (alpha * sigma_data) ** 2)
+    along_x, along_p, scale = rules.direction(kind, alpha, sigma, sigma_data, edm_norm)
+    eps = _scaled(along_x * scale, x) + _scaled(along_p * scale, prediction)
+    fresh = before["steps"] == 0
+    gram = _gram(x, eps, last_x, last_eps, alpha, before["alpha"], fresh)
+    after, report = decide(scheme, x.shape[1], numbers, before, gram)
+    return eps, report, torch.stack([after[name] for name in MEMORY], dim=1)
+
+
+def _scaled(number: Tensor | float, vector: Tensor) -> Tensor:
+    number = torch.as_tensor(number, dtype=vector.dtype, device=vector.device).expand(vector.shape[0])
+    return number[:, None] * vector
+
+
+def _gram(
+    x: Tensor, eps: Tensor, last_x: Tensor | None, last_eps: Tensor | None, alpha: Tensor, last_alpha: Tensor,
+    fresh: Tensor,
+) -> Gram:  # fmt: skip
+    """The products that a decision needs; what a fresh row has as its last vectors is never looked at."""
+    zero = torch.zeros_like(alpha)
+    square, state = _dot(eps, eps), _dot(x, eps) / alpha
+    if last_x is None or last_eps is None:
+        return Gram(square, zero, zero, zero, state, zero)
+    shown = fresh[:, None]
+    last = last_eps.to(eps.dtype).masked_fill(shown, 0.0)
+    before = last_x.to(eps.dtype).masked_fill(shown, 0.0)
+    safe = torch.where(fresh, torch.ones_like(alpha), last_alpha)
+    move = _scaled(1.0 / alpha, x) - _scaled(1.0 / safe, before)
+    return Gram(square, _dot(eps, last), _dot(move, eps), _dot(move, last), state, _dot(x, last) / alpha)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return (left * right).sum(dim=1).double()
+
+
+def launch_torch(
+    kind: str, scheme: str, operands: Operands, parameters: tuple[Parameter, ...], memory: Tensor,
+    eps: Tensor, report: Tensor, memory_out: Tensor,
+) -> None:  # fmt: skip
+    """The reference as a backend."""
+    found = track(kind, scheme, flatten(operands), parameters, memory)  # type: ignore[arg-type]
+    for target, value in zip((eps, report, memory_out), found, strict=True):
+        target.copy_(value.view_as(target))
