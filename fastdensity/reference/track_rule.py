@@ -41,7 +41,7 @@ class Gram(NamedTuple):
 def decide(scheme: str, columns: int, now: Numbers, before: Numbers, gram: Gram) -> tuple[Numbers, Tensor]:
     """(memory after, report): see `fastdensity.reference.track`."""
     rate = now["shift"] + math.sqrt(2.0 * columns) * torch.special.ndtri(now["q"])
-    flags = _problems(now, rate, gram)
+    flags = _problems(scheme, now, rate, gram)
     started = before["steps"] > 0
     here = (now["alpha"] > 0) & (now["sigma"] > 0) & (gram.square > 0) & rate.isfinite()
     here = here & (now["alpha"] * now["sigma"] * gram.square * now["cfg_scale"]).isfinite()
@@ -55,16 +55,19 @@ def decide(scheme: str, columns: int, now: Numbers, before: Numbers, gram: Gram)
     return _advance(scheme, columns, numbers, before, flags, known, guided)
 
 
-def _problems(now: Numbers, rate: Tensor, gram: Gram) -> Tensor:
+def _problems(scheme: str, now: Numbers, rate: Tensor, gram: Gram) -> Tensor:
     """Why a row cannot be guided, as bits."""
     flags = torch.zeros_like(rate, dtype=torch.int64)
-    for name in ("alpha", "sigma", "alpha_next", "sigma_next", "alpha_end", "sigma_end"):
+    for name in ("alpha", "sigma", "alpha_end", "sigma_end"):
         end = now[name]
         flags = flags | (end == 0).to(torch.int64) * rules.FLAG_ENDPOINT
         flags = flags | (~((end >= 0) & end.isfinite())).to(torch.int64) * rules.FLAG_BAD_PARAMETER
     bad = ~((now["q"] > 0) & (now["q"] < 1)) | ~(now["noise_scale"] >= 0)
-    for value in (rate, now["repair"], now["cfg_scale"], now["noise_scale"], now["carry"]):
-        bad = bad | ~value.isfinite()
+    bad = bad | ~rate.isfinite()
+    if scheme != "corrector":  # there the step is already over
+        bad = bad | ~(now["alpha"] * now["sigma_end"] < now["sigma"] * now["alpha_end"])
+    for name in ("alpha_next", "sigma_next", "repair", "cfg_scale", "noise_scale", "carry"):  # coefficients, of any sign
+        bad = bad | ~now[name].isfinite()
     flags = flags | bad.to(torch.int64) * rules.FLAG_BAD_PARAMETER
     flags = flags | (gram.square == 0).to(torch.int64) * rules.FLAG_ZERO_SCORE
     return flags | (~gram.square.isfinite()).to(torch.int64) * rules.FLAG_NON_FINITE
