@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,8 @@ from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
 from fastdensity.flow import drift_from_epsilon
 from fastdensity.guidance import Guidance, Number
 from fastdensity.ops.rows import guide_prediction, guided_step
+from fastdensity.ops.state import GuidanceState
+from fastdensity.ops.track import track
 from fastdensity.sums import row_dot, row_sum
 
 Callback = Callable[[int, float, Tensor], Any]
@@ -46,6 +48,7 @@ class Trajectory:
     Attributes:
         log_change: (B,) float64, what log p gained so far, in nats; log_variance: (B,) of its estimate.
         flags: (B,) bits of `fastdensity.rules.FLAG_*` seen. evaluations: of the network.
+        state: of the guidance's closed loop, None where nothing is tracked.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Trajectory:
         self.log_change = torch.zeros_like(ids, dtype=torch.float64)
         self.log_variance = torch.zeros_like(self.log_change)
         self.evaluations = 0
+        self.state: GuidanceState | None = None
 
     def steps(self) -> Iterator[Step]:
         """The steps of the grid, in order."""
@@ -93,6 +97,7 @@ class Trajectory:
         One pass, unless noise is added whole: that moves log p too, by sigma s.dW = -eps.z sqrt(dlam).
         """
         scale = self._noise_scale(point, step)
+        self._close_loop(point, step, "direct", (alpha_next, sigma_next), scale)
         if point.push.projected:
             return self._move(point, step, alpha_next, sigma_next, scale)
         moved, noise = self._move(point, step, alpha_next, sigma_next, 0.0), self._draw_noise(point.x, step)
@@ -116,7 +121,7 @@ class Trajectory:
             alpha_next=alpha_next,
             sigma_next=sigma_next,
             q=push.q,
-            shift=push.shift,
+            shift=push.shift + push.repair,
             gain=push.gain,
             prediction_type=problem.kind,
             sigma_data=problem.sigma_data,
@@ -129,19 +134,26 @@ class Trajectory:
         self._record(point, step.size, result.report)
         return result.sample
 
-    def guided_prediction(self, point: Evaluation, weight: float) -> Tensor:
+    def guided_prediction(
+        self, point: Evaluation, weight: float, step: Step, scheme: str = "direct", carry: float = 0.0
+    ) -> Tensor:
         """The prediction whose noise is eta eps (B, *), in x's dtype; log p gains weight times its rate here.
 
-        In x's dtype because eta - 1 is lost where a half precision prediction would be rounded again.
+        In x's dtype because eta - 1 is lost where a half precision prediction would be rounded again. `scheme` and
+        `carry` say how the solver goes on from it (`fastdensity.reference.track`).
         """
+        self._close_loop(point, step, scheme, self.path(step.lam_next), 0.0, carry)
         guided, report = self._guide(point)
         self._record(point, weight, report)
         return guided
 
-    def guided_epsilon(self, point: Evaluation, weight: float) -> Tensor:
+    def guided_epsilon(self, point: Evaluation, weight: float, step: Step, scheme: str) -> Tensor:
         """eta eps (B, *); log p gains weight times its rate here."""
-        problem, guided = self.problem, self.guided_prediction(point, weight)
-        return to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+        return self._to_epsilon(point, self.guided_prediction(point, weight, step, scheme))
+
+    def _to_epsilon(self, point: Evaluation, prediction: Tensor) -> Tensor:
+        problem = self.problem
+        return to_epsilon(prediction, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
 
     def slope(self, point: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
         """The guided drift dx/dlam (B, *) in x's dtype; d log p/dlam and its standard error, (B,) float64, if tracked.
@@ -150,7 +162,7 @@ class Trajectory:
         """
         problem = self.problem
         guided, report = self._guide(point)
-        eps = to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+        eps = self._to_epsilon(point, guided)
         drift = drift_from_epsilon(eps, point.x, point.lam, self.schedule)
         eta_minus_one, sq_norm, _, flags = report.unbind(dim=1)
         if point.push is not UNGUIDED:
@@ -164,6 +176,47 @@ class Trajectory:
         if self.callback is not None:
             self.callback(step.index, step.lam_next, x)
 
+    def _close_loop(
+        self,
+        point: Evaluation,
+        step: Step,
+        scheme: str,
+        ends: tuple[float, float],
+        noise_scale: float | Tensor,
+        carry: float = 0.0,
+    ) -> None:
+        """Puts the eta that the closed loop decides on in the place of the push that was asked for."""
+        guidance, push, problem = self.guidance, point.push, self.problem
+        if push is UNGUIDED or guidance is None or not guidance.track:
+            return
+        if self.state is None:
+            self.state = GuidanceState.fresh(point.x)
+        alpha_end, sigma_end = self.path(step.lam_next)
+        final = step.index == len(self.grid) - 2 or not guidance.active(step.lam_next)
+        report = track(
+            self.state,
+            point.x,
+            point.prediction,
+            None,
+            problem.kind,
+            scheme,
+            alpha=point.alpha,
+            sigma=point.sigma,
+            alpha_next=ends[0],
+            sigma_next=ends[1],
+            alpha_end=alpha_end,
+            sigma_end=sigma_end,
+            q=push.q,
+            shift=push.shift,
+            repair=push.repair,
+            noise_scale=noise_scale,
+            sigma_data=problem.sigma_data,
+            carry=carry,
+            final=float(final),
+        )
+        self.flags |= report[:, 3].to(torch.int64)
+        point.push = replace(push, q=0.5, shift=0.0, repair=0.0, gain=report[:, 0])
+
     def _guide(self, point: Evaluation) -> tuple[Tensor, Tensor]:
         """The prediction whose noise is eta eps (B, *) in x's dtype, and the kernel's report (B, 4)."""
         problem, push, x = self.problem, point.push, point.x
@@ -174,7 +227,7 @@ class Trajectory:
             alpha=point.alpha,
             sigma=point.sigma,
             q=push.q,
-            shift=push.shift,
+            shift=push.shift + push.repair,
             gain=push.gain,
             prediction_type=problem.kind,
             sigma_data=problem.sigma_data,
@@ -211,7 +264,10 @@ class Trajectory:
         self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
     ) -> Tensor:
         """The same step where Euler's is so long that alpha or sigma would end below 0, which no kernel takes."""
-        x, eps = point.x, self.guided_epsilon(point, step.size)
+        x = point.x
+        guided, report = self._guide(point)
+        self._record(point, step.size, report)
+        eps = self._to_epsilon(point, guided)
         along_eps = sigma_next - alpha_next * (point.sigma / point.alpha)
         moved = (alpha_next / point.alpha) * x + along_eps * eps
         if not isinstance(scale, Tensor) and scale == 0:
