@@ -17,7 +17,7 @@ struct TrackParameters {
 static_assert(sizeof(TrackParameters) == kTrackParameters * sizeof(double));
 
 struct TrackMemory {
-  double steps, alpha, sigma, alpha_end, sigma_end, sq_norm, rate, eta, noisy, commanded_next, realised_next, length,
+  double steps, alpha, sigma, alpha_end, sigma_end, sq_norm, rate, eta, noisy, drift_eps, drift_state, commanded_next, realised_next, length,
       mismatch, skew, response, commanded, realised, limited;
 };
 static_assert(sizeof(TrackMemory) == kTrackMemory * sizeof(double));
@@ -98,8 +98,14 @@ FASTDENSITY_HOST_DEVICE Measured measure(const Row& row, const TrackMemory& befo
   const double h = row.h_last, earlier = before.length;
   const bool steady = h > kTinyStep, noisy = before.noisy != 0, smooth = steady && !noisy;
   const double per_kappa = steady ? h / (row.kappa - row.kappa_last) : -1.0 / row.kappa;
-  double gain = 0.5 * per_kappa * (row.move + row.move_last) - 0.5 * h * (row.square + row.square_last);
-  if (noisy) gain += h * (row.square - 2.0 * row.turn + row.square_last) / 6.0;
+  double drift = row.move, drift_last = row.move_last, share = 0;
+  if (noisy) {
+    drift = before.drift_eps * row.turn + before.drift_state * (row.state - row.move);
+    drift_last = before.drift_eps * row.square_last + before.drift_state * (row.state_last - row.move_last);
+    share = row.square - 2.0 * row.turn + row.square_last;
+  }
+  double gain = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (row.square + row.square_last - share);
+  gain -= 0.5 * (row.move + row.move_last - drift - drift_last) / row.kappa;
   Measured result{0, 0, 0, 0, 0};
   if (smooth) {
     result.mismatch = row.square + row.rate - per_kappa * row.move / h;
@@ -117,7 +123,12 @@ struct Prediction {
   double base, slope;
 };
 
-FASTDENSITY_HOST_DEVICE Prediction predict(const TrackParameters& now, const Row& row, bool ahead) {
+FASTDENSITY_HOST_DEVICE void one_step_move(const TrackParameters& now, double* u, double* v) {
+  const double alpha = now.alpha > 0 ? now.alpha : 1.0, end = now.alpha_end > 0 ? now.alpha_end : 1.0;
+  *u = (now.sigma_next - now.alpha_next * (now.sigma / alpha)) / end, *v = now.alpha_next / end - 1.0;
+}
+
+FASTDENSITY_HOST_DEVICE Prediction predict(const TrackParameters& now, const Row& row, bool ahead, double u, double v) {
   double along = 1, mean_square = row.square, lean = 0;
   if (ahead) {
     const double nodes[4] = {0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970263};
@@ -139,9 +150,8 @@ FASTDENSITY_HOST_DEVICE Prediction predict(const TrackParameters& now, const Row
   }
   const double a = along + lean * row.turn / row.square, c = -lean;
   const double step = row.kappa_end - row.kappa, carry = row.known ? now.carry : 0.0;
-  const double alpha = now.alpha > 0 ? now.alpha : 1.0, end = now.alpha_end > 0 ? now.alpha_end : 1.0;
-  const double u = (now.sigma_next - now.alpha_next * (now.sigma / alpha)) / end * (1.0 + carry);
-  const double v = now.alpha_next / end - 1.0, w = step * carry / row.kappa;
+  const double w = step * carry / row.kappa;
+  u *= 1.0 + carry;
   const double per_kappa = row.h / (step != 0 ? step : 1.0);
   const double last = a * row.turn + c * row.square_last;
   const double rest = v * (a * row.state + c * row.state_last) -
@@ -175,7 +185,9 @@ FASTDENSITY_HOST_DEVICE TrackReport advance(TrackScheme scheme, std::int64_t col
   const double commanded = h * row.rate + 0.5 * h * h * trend, wanted = commanded + deficit;
   const bool ahead = steady && before.noisy == 0 && row.turn > 0 && scheme == TrackScheme::direct &&
                      now.noise_scale == 0;
-  const Prediction ahead_of_us = predict(now, row, ahead);
+  double along_eps, along_state;
+  one_step_move(now, &along_eps, &along_state);
+  const Prediction ahead_of_us = predict(now, row, ahead, along_eps, along_state);
   double error = 0;
   if (ahead && now.final != 0 && before.steps > 2) error = measured.miss * (h / row.h_last) * (h / row.h_last);
   double eta = 1.0;
@@ -191,6 +203,7 @@ FASTDENSITY_HOST_DEVICE TrackReport advance(TrackScheme scheme, std::int64_t col
   after.steps = (row.known ? before.steps : 0.0) + 1.0;
   after.alpha = now.alpha, after.sigma = now.sigma, after.alpha_end = now.alpha_end, after.sigma_end = now.sigma_end;
   after.sq_norm = row.square, after.rate = row.rate, after.eta = bounded, after.noisy = now.noise_scale > 0 ? 1.0 : 0.0;
+  after.drift_eps = bounded * along_eps, after.drift_state = along_state;
   after.commanded_next = commanded;
   after.realised_next = limited ? ahead_of_us.base + ahead_of_us.slope * bounded + error : wanted;
   after.length = row.known ? row.h_last : 0.0, after.mismatch = measured.mismatch, after.skew = measured.skew;

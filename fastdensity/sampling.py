@@ -118,10 +118,12 @@ def sample(
         x = solve(run, latents.detach())
         flags = run.flags | non_finite(x)
         density = std_err = None
+        state = run.state
         if log_prob:
             density = log_normal_density(latents, run.path(levels[0])[1]) + run.log_change
             std_err = run.log_variance.sqrt()
-        state = run.state
+            if state is not None:
+                density = density + state.realised
         books = (None, None, None) if state is None else (state.commanded, state.realised, state.residual)
         return SampleResult(x, density, std_err, run.evaluations, flags, *books)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdensity import rules
+from fastdensity.boundary import check_number
 from fastdensity.conversions import to_epsilon
 from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
 from fastdensity.flow import drift_from_epsilon
@@ -92,7 +93,7 @@ class Trajectory:
         return point
 
     def advance(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
-        """The guided step to alpha_next x0 + sigma_next eps; log p by the left-hand rule.
+        """The guided step to alpha_next x0 + sigma_next eps; log p by the left-hand rule, or by the loop's books.
 
         One pass, unless noise is added whole: that moves log p too, by sigma s.dW = -eps.z sqrt(dlam).
         """
@@ -131,7 +132,7 @@ class Trajectory:
             sample_ids=problem.sample_ids,
             step=step.index,
         )
-        self._record(point, step.size, result.report)
+        self._record(point, self._weight(step), result.report)
         return result.sample
 
     def guided_prediction(
@@ -192,28 +193,25 @@ class Trajectory:
         if self.state is None:
             self.state = GuidanceState.fresh(point.x)
         alpha_end, sigma_end = self.path(step.lam_next)
+        if problem.tracks and scheme != "corrector":  # the flow's stretching is known without a quadrature
+            self.log_change -= problem.dimension * math.log(alpha_end / float(point.alpha))
         final = step.index == len(self.grid) - 2 or not guidance.active(step.lam_next)
-        report = track(
-            self.state,
-            point.x,
-            point.prediction,
-            None,
-            problem.kind,
-            scheme,
-            alpha=point.alpha,
-            sigma=point.sigma,
-            alpha_next=ends[0],
-            sigma_next=ends[1],
-            alpha_end=alpha_end,
-            sigma_end=sigma_end,
-            q=push.q,
-            shift=push.shift,
-            repair=push.repair,
-            noise_scale=noise_scale,
-            sigma_data=problem.sigma_data,
-            carry=carry,
-            final=float(final),
-        )
+        numbers = {
+            "alpha": point.alpha,
+            "sigma": point.sigma,
+            "alpha_next": ends[0],
+            "sigma_next": ends[1],
+            "alpha_end": alpha_end,
+            "sigma_end": sigma_end,
+            "q": check_number("q", push.q, point.x, 0.0, 1.0, True),
+            "shift": check_number("shift", push.shift, point.x),
+            "repair": check_number("repair", push.repair, point.x),
+            "noise_scale": check_number("noise_scale", noise_scale, point.x, 0.0),
+            "sigma_data": problem.sigma_data,
+            "carry": carry,
+            "final": float(final),
+        }
+        report = track(self.state, point.x, point.prediction, None, problem.kind, scheme, numbers)
         self.flags |= report[:, 3].to(torch.int64)
         point.push = replace(push, q=0.5, shift=0.0, repair=0.0, gain=report[:, 0])
 
@@ -266,7 +264,7 @@ class Trajectory:
         """The same step where Euler's is so long that alpha or sigma would end below 0, which no kernel takes."""
         x = point.x
         guided, report = self._guide(point)
-        self._record(point, step.size, report)
+        self._record(point, self._weight(step), report)
         eps = self._to_epsilon(point, guided)
         along_eps = sigma_next - alpha_next * (point.sigma / point.alpha)
         moved = (alpha_next / point.alpha) * x + along_eps * eps
@@ -285,9 +283,38 @@ class Trajectory:
         seen = flags.to(torch.int64)
         self.flags |= seen & rules.FLAG_NON_FINITE if point.push is UNGUIDED else seen
         if self.problem.tracks:
-            rate, std_err = point.log_density_rate(eta_minus_one, sq_norm)
+            books = point.push is not UNGUIDED and self.guidance is not None and self.guidance.track
+            rate, std_err = point.flow_rate() if books else point.log_density_rate(eta_minus_one, sq_norm)
             self.log_change += weight * rate
             self.log_variance += (weight * std_err) ** 2
+
+    def _weight(self, step: Step) -> float:
+        """What the rate at the begin of a one-evaluation step counts: the step's length, by the left-hand rule.
+
+        Where the loop is closed the divergence is the only error left in log p, so there it goes by the trapezoid
+        rule, whose right end is the next step's evaluation; the grid's last step by extrapolation.
+        """
+        before, weight = self.step_before(step), step.size
+        if self._is_closed(step):
+            weight = step.size / 2.0
+            if step.lam_next == self.grid[-1]:
+                weight = step.size * (1.0 + (0.0 if before is None else step.size / (2.0 * before.size)))
+        if before is not None and self._is_closed(before):
+            weight += before.size / 2.0
+        after = self.grid[step.index + 2] if step.index + 2 < len(self.grid) else None
+        if after == self.grid[-1] and after is not None:
+            last = Step(step.index + 1, step.lam_next, after)
+            if self._is_closed(last):
+                weight -= last.size * last.size / (2.0 * step.size)
+        return weight
+
+    def step_before(self, step: Step) -> Step | None:
+        """The step that led to this one."""
+        return None if step.index == 0 else Step(step.index - 1, self.grid[step.index - 1], step.lam)
+
+    def _is_closed(self, step: Step) -> bool:
+        guidance = self.guidance
+        return guidance is not None and guidance.track and guidance.active(step.lam)
 
 
 def log_normal_density(x: Tensor, sigma: float) -> Tensor:

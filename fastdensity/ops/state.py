@@ -78,8 +78,9 @@ class GuidanceState:
 
     def select(self, rows: Tensor) -> GuidanceState:
         """The state of these rows, by index or mask, in their order."""
-        vectors = (None if vector is None else vector[rows] for vector in (self.sample, self.eps))
-        return GuidanceState(*vectors, self.memory[rows])
+        if self.sample is None or self.eps is None:
+            return GuidanceState(None, None, self.memory[rows])
+        return GuidanceState(self.sample[rows], self.eps[rows], self.memory[rows])
 
     @staticmethod
     def cat(states: Sequence[GuidanceState], like: Tensor) -> GuidanceState:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdensity._backend import launcher
-from fastdensity.boundary import DERIVATIVE, OPERATOR, check_like, describe, route
+from fastdensity.boundary import DERIVATIVE, OPERATOR, check_like, check_number, describe, route
 from fastdensity.ops.rows_operator import dense_rows
 from fastdensity.ops.state import GuidanceState
 from fastdensity.reference import track as reference
@@ -31,8 +31,8 @@ def track(
     prediction: Tensor,
     uncond: Tensor | None,
     kind: str,
-    scheme: str = "direct",
-    **parameters: Parameter,
+    scheme: str,
+    parameters: dict[str, Parameter],
 ) -> Tensor:
     """(B, 4) float64: eta - 1, ||eps||^2, nats commanded less nats realised so far, flags; brings `state` up to date.
 
@@ -54,6 +54,41 @@ def track(
     return report
 
 
+def check_loop(
+    scheme: Any, carry: Any, final: Any, place: tuple[Parameter, ...], ends: tuple[Parameter, ...], gain: Any,
+    sample: Tensor,
+) -> dict[str, Parameter]:  # fmt: skip
+    """What `track` wants to know of a step, checked: `place` and `ends` are (alpha, sigma) before and after it.
+
+    Raises:
+        TypeError, ValueError: a step that does not lead from noise to data, a gain beside the loop's own.
+    """
+    if scheme not in reference.SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(reference.SCHEMES)}, got {describe(scheme)}")
+    if not isinstance(final, bool):
+        raise TypeError(f"final must be True or False, got {describe(final)}")
+    if isinstance(gain, Tensor) or gain != 0.0:
+        raise ValueError("gain cannot be given with state: the closed loop chooses eta itself, from q and shift")
+    carry = check_number("carry", carry, sample, 0.0)
+    alpha, sigma, alpha_next, sigma_next = (*place, *ends)
+    plain = not any(isinstance(number, Tensor) for number in (alpha, sigma, alpha_next, sigma_next))
+    if plain and scheme != "corrector" and not alpha * sigma_next < alpha_next * sigma:
+        raise ValueError(
+            "a step with state must lead from noise to data, sigma_next / alpha_next < sigma / alpha; got "
+            f"alpha = {alpha}, sigma = {sigma}, alpha_next = {alpha_next}, sigma_next = {sigma_next}"
+        )
+    return {
+        "alpha": alpha,
+        "sigma": sigma,
+        "alpha_next": alpha_next,
+        "sigma_next": sigma_next,
+        "alpha_end": alpha_next,
+        "sigma_end": sigma_next,
+        "carry": carry,
+        "final": float(final),
+    }
+
+
 def check_guidance_state(state: Any, sample: Tensor) -> None:
     """TypeError or ValueError unless `state` fits rows like these."""
     if not isinstance(state, GuidanceState):
@@ -61,8 +96,8 @@ def check_guidance_state(state: Any, sample: Tensor) -> None:
     expected = (sample.shape[0], len(MEMORY))
     if state.memory.shape != expected or state.memory.device != sample.device:
         raise ValueError(
-            f"state must be of this batch, memory of shape {expected} on {sample.device}, got {describe(state.memory)}; "
-            "GuidanceState.fresh(sample) begins a new one"
+            f"state must be of this batch, with a memory of shape {expected} on {sample.device}, "
+            f"got {describe(state.memory)}; GuidanceState.fresh(sample) begins a new one"
         )
     if state.memory.dtype is not torch.float64:
         raise TypeError(f"state.memory must be float64, got {describe(state.memory)}")
@@ -79,8 +114,7 @@ def run(
     """(eps, report, memory): by a kernel; by the reference where torch wants a derivative or has to see operators."""
     sample = operands[0]
     if torch.compiler.is_compiling() or route((*operands, *parameters, memory)) in (DERIVATIVE, OPERATOR):
-        flat: Any = flatten(operands)
-        eps, report, after = reference.track(kind, scheme, flat, parameters, memory)
+        eps, report, after = reference.track(kind, scheme, flatten(operands), parameters, memory)
         return eps.reshape(sample.shape), report, after
     dense: Any = tuple(None if operand is None else operand.contiguous() for operand in dense_rows(operands))
     eps = torch.empty(sample.shape, dtype=compute_dtype(operands[:4]), device=sample.device)
