@@ -100,8 +100,18 @@ def test_every_prediction_type_is_as_good_as_eager(kind: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("others", [{}, {"carry": 0.45}, {"final": 1.0}, {"noise_scale": 0.1, "repair": -3.0},
-                                    {"shift": 30.0}, {"alpha_next": 0.9, "sigma_next": -0.1}, {"q": 1 - 1e-6}])  # fmt: skip
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"carry": 0.45},
+        {"final": 1.0},
+        {"noise_scale": 0.1, "repair": -3.0},
+        {"shift": 30.0},
+        {"alpha_next": 0.9, "sigma_next": -0.1},
+        {"q": 1 - 1e-6},
+    ],
+)
 def test_every_scheme_is_as_good_as_eager(scheme: str, others: dict[str, Any]) -> None:
     for before in ({}, {"noise_scale": 0.1}):
         walk = Walk(2, **before)
@@ -327,7 +337,7 @@ def test_bad_states() -> None:
         fd.guide_prediction(x, x, **ENDS, state=moved)
     with pytest.raises(ValueError, match="neither"):
         fd.guide_prediction(x, x, **ENDS, state=fd.GuidanceState(x, None, state.memory))
-    with pytest.raises(TypeError, match="state.memory must be float64"):
+    with pytest.raises(TypeError, match=r"state\.memory must be float64"):
         fd.guide_prediction(x, x, **ENDS, state=fd.GuidanceState(None, None, state.memory.float()))
     with pytest.raises(TypeError, match="saved must be what"):
         fd.GuidanceState.from_state_dict({})
