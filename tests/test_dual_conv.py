@@ -69,7 +69,9 @@ def test_a_sample_does_not_depend_on_the_batch(dtype):
         whole = dual_conv2d(*arguments)
         for first, count in ((0, 1), (4, 3), (10, 1)):
             part = dual_conv2d(arguments[0][:, first : first + count], *arguments[1:])
-            # whether to the bit is for torch's convolution to say, which picks an algorithm by the batch
+            if geometry.groups == 1 and dtype in (torch.float32, torch.float64):  # the kernels for small images
+                assert torch.equal(part, whole[:, first : first + count])
+            # else it is for torch's convolution to say, which picks an algorithm by the batch
             tolerance = 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(part, whole[:, first : first + count], rtol=tolerance, atol=8 * tolerance)
 
