@@ -21,6 +21,7 @@ from fastdensity.boundary import DERIVATIVE, OPERATOR, route, wants_derivative
 
 _library = torch.library.Library("fastdensity", "FRAGMENT")
 _is_compiling = torch.compiler.is_compiling
+EMPTY_RESULTS: dict[str, Callable[..., Any]] = {}  # of each op by name, see `define`
 
 
 def define(
@@ -46,6 +47,7 @@ def define(
     returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     _library.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.fastdensity, name)
+    EMPTY_RESULTS[name] = empty_result
 
     def launch(arguments: tuple[Any, ...], tensors: list[Tensor]) -> Any:
         out = empty_result(*arguments)
