@@ -56,7 +56,10 @@ struct Lanes {
   static INLINE void pack(const Real* const (&sources)[kLanes], std::int64_t height, std::int64_t width,
                           std::int64_t padding, Real* target) {
     const std::int64_t pixels = height * width, stride = width + 2 * padding;
-    if (padding) std::fill_n(target, height * stride * kLanes, Real(0));
+    for (std::int64_t row = 0; padding && row <= height; ++row) {  // the end of a row and the start of the next
+      const std::int64_t first = row ? row * stride - padding : 0, end = row < height ? row * stride + padding : row * stride;
+      std::fill_n(target + first * kLanes, (end - first) * kLanes, Real(0));
+    }
     std::int64_t column = 0, pixel = 0;
     Real* next = target + padding * kLanes;
     const auto advance = [&]() __attribute__((always_inline)) {

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fastdensity._backend import launcher
 from fastdensity.boundary import PLAIN, route
 from fastdensity.dual.arena import Arena, Result, arena_for
+from fastdensity.dual.nearest import NEAREST
 from fastdensity.ops.dual_attention import dual_attention
 from fastdensity.ops.dual_chain import dual_chain
 from fastdensity.ops.dual_conv import dual_conv2d
@@ -190,6 +191,7 @@ class Program:
                     new[node] = graph.call_function(_INTO[node.target], (out, *arguments))
             elif node.op != "placeholder":
                 new[node] = graph.node_copy(node, lambda item: new[item])
+                new[node].target = NEAREST.get(node.target, node.target)
         return graph
 
 

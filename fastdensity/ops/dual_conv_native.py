@@ -90,12 +90,12 @@ def _launch_small(
         batch,
         x.shape[2],
         outputs,
-        tuple(x.shape[3:]),
-        tuple(out_size),
-        tuple(weight.shape[2:]),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
+        x.shape[3:],
+        out_size,
+        weight.shape[2:],
+        stride,
+        padding,
+        dilation,
         torch.get_num_threads(),
     )
 
