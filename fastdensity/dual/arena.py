@@ -1,7 +1,7 @@
 """Memory that the results of a graph share from call to call.
 
-Two results lie in the same place where one is not read any more when the other is made. A small network's memory stays in
-the cache then, and no call asks the system for new pages.
+Two results lie in the same place where one is not read any more when the other is made. A small network's memory stays
+in the cache then, and no call asks the system for new pages.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Result:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -77,9 +78,10 @@ def arena_for(graph: fx.Graph, results: dict[fx.Node, Result]) -> Arena | None:
     places: dict[fx.Node, Place] = {}
     alive: list[Place] = []
     for number, node in enumerate(graph.nodes):
-        if node in results and results[node].stays and results[node].nbytes and last[node] is not None:
+        end = last.get(node)
+        if end is not None and results[node].stays and results[node].nbytes:
             alive = [place for place in alive if place.last >= number]
-            place = _lowest(alive, results[node].nbytes, last[node])
+            place = _lowest(alive, results[node].nbytes, end)
             if place.end <= MOST_BYTES:
                 places[node] = place
                 alive.append(place)

@@ -23,7 +23,7 @@ from fastdensity.dual.functional import line_of, make_functional
 from fastdensity.dual.nested import NestedDual, NestedJvpError, end_outer_trace, inside_trace
 from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
-from fastdensity.dual.replay import Replay
+from fastdensity.dual.replay import Replay, sizes_follow
 from fastdensity.dual.rewrite import dependents, rewrite
 from fastdensity.dual.tracing import Traced, trace
 from fastdensity.dual.watch import Watch
@@ -52,7 +52,7 @@ class Dual:
         _warn_of_dropout(self.traced.graph)
         _warn_of_detach(self.traced)
         self.graph, self.records = rewrite(self.traced)
-        self.replay = Replay(self.graph)
+        self.replay = Replay(self.graph, sizes_follow(self.traced))
         self.watch = Watch(captured.modules, captured.objects)
         self.captured = captured  # keeps what the key names alive
         self.device_type = primals[0].device.type
@@ -65,7 +65,11 @@ class Dual:
         return self.call(self.replay, primals, vectors, tensors)
 
     def call(
-        self, graph: Callable[..., tuple[Tensor, Tensor]], primals: tuple[Any, ...], directions: Any, tensors: list[Tensor]
+        self,
+        graph: Callable[..., tuple[Tensor, Tensor]],
+        primals: tuple[Any, ...],
+        directions: Any,
+        tensors: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """A graph of this function; what autocast did is in it already."""
         if torch.is_autocast_enabled(self.device_type):

@@ -8,6 +8,7 @@ mode; derivatives, transforms, compilers and other devices go to the graph as ev
 
 from __future__ import annotations
 
+import enum
 import inspect
 import operator
 from collections import OrderedDict
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from fastdensity._backend import launcher
 from fastdensity.boundary import PLAIN, route
 from fastdensity.dual.arena import Arena, Result, arena_for
 from fastdensity.dual.nearest import NEAREST
+from fastdensity.dual.tracing import Traced
 from fastdensity.ops.dual_attention import dual_attention
 from fastdensity.ops.dual_chain import dual_chain
 from fastdensity.ops.dual_conv import dual_conv2d
@@ -30,7 +33,7 @@ from fastdensity.ops.dual_norm import dual_group_norm, dual_layer_norm, dual_rms
 from fastdensity.ops.dual_operator import EMPTY_RESULTS
 from fastdensity.ops.dual_softmax import dual_softmax
 
-MOST_PROGRAMS = 4  # of a graph
+MOST_PROGRAMS = 8  # of a graph
 OPS: dict[Any, tuple[str, str | None]] = {  # the op of a function, and the room that it shares
     dual_attention: ("dual_attention", None),
     dual_chain: ("dual_chain", None),
@@ -44,27 +47,36 @@ OPS: dict[Any, tuple[str, str | None]] = {  # the op of a function, and the room
 _is_compiling = torch.compiler.is_compiling
 
 
-class Replay:
-    """The programs of one graph, by the kind of their arguments."""
+class _Seen(enum.Enum):
+    ONCE = 0
+    IN_VAIN = 1  # too large to be replayed
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+
+class Replay:
+    """The programs of one graph, by the kind of their arguments.
+
+    The sizes of all results must follow from those of the arguments: not where a mask selects elements, say.
+    """
+
+    def __init__(self, graph: fx.GraphModule, sizes_follow: bool) -> None:
         self.graph = graph
-        self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()  # None: seen once, or not to be replayed
-        self._refused: set[Hashable] = set()
+        self._sizes_follow = sizes_follow
+        self._programs: OrderedDict[Hashable, Program | _Seen] = OrderedDict()
 
     def __call__(self, primals: tuple[Any, ...], vectors: Tensor, captured: list[Tensor]) -> tuple[Tensor, Tensor]:
         """What the graph returns."""
-        key = _kind_of_call([*primals, vectors, *captured])
-        if key is None or key in self._refused:
+        key = _kind_of_call([*primals, vectors, *captured]) if self._sizes_follow else None
+        if key is None:
             return self.graph(primals, vectors, captured)
         program = self._programs.get(key)
-        if program is not None:
+        if isinstance(program, Program):
             return program(primals, vectors, captured)
-        if key in self._programs:
+        if program is _Seen.ONCE:
             return self._record(key, primals, vectors, captured)
-        self._programs[key] = None
-        while len(self._programs) > MOST_PROGRAMS:
-            self._programs.popitem(last=False)
+        if program is None:
+            self._programs[key] = _Seen.ONCE
+            while len(self._programs) > MOST_PROGRAMS:
+                self._programs.popitem(last=False)
         return self.graph(primals, vectors, captured)
 
     def _record(
@@ -73,28 +85,29 @@ class Replay:
         recorder = _Recorder(self.graph)
         result: tuple[Tensor, Tensor] = recorder.run(primals, vectors, captured)
         arena = arena_for(self.graph.graph, recorder.results)
-        if arena is None:
-            self._refused.add(key)
-            del self._programs[key]
-        else:
-            self._programs[key] = Program(self.graph, recorder.results, arena)
+        self._programs[key] = _Seen.IN_VAIN if arena is None else Program(self.graph, recorder.results, arena)
         return result
+
+
+def sizes_follow(traced: Traced) -> bool:
+    """Do the sizes of all results follow from those of the inputs?"""
+    return not any(free_unbacked_symbols(node.meta.get("val")) for node in traced.graph.nodes)
 
 
 def _kind_of_call(tensors: list[Any]) -> Hashable:
     """What sizes and memory of all results follow from; None where the graph itself is to be called."""
     if torch.is_grad_enabled() or _is_compiling():
         return None
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or not tensor.is_cpu or tensor.is_neg():
-            return None
-    if route(tensors) != PLAIN:
+    if not all([isinstance(tensor, Tensor) for tensor in tensors]) or route(tensors) != PLAIN:  # noqa: C419
         return None
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.is_neg():
+            return None
     kinds = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
     return (torch.is_inference_mode_enabled(), *kinds)  # memory made in one mode cannot be written to in the other
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(fx.Interpreter):  # type: ignore[misc]
     """Runs a graph once and notes what its ops make."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
@@ -162,6 +175,7 @@ class Program:
         self._run = module.forward  # past what every call of a module looks for
 
     def __call__(self, primals: tuple[Any, ...], vectors: Tensor, captured: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the graph returns."""
         try:
             live = [entries[name] for entries, name in self._live]
         except KeyError:  # a parameter that became a buffer, say

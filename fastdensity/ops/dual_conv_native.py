@@ -1,9 +1,10 @@
 """The dual convolution on CPU: one convolution of the whole stack, then bias and activation.
 
-Many small images go to the kernel of csrc/dual_conv_simd.cpp, which holds one in each lane of a vector. The others go to
-torch's convolution, which is handed plain NCHW: at 64 to 320 channels of 16 x 16 and 32 x 32 pixels, with the conversion
-there and back counted, channels-last was never ahead. There a 1 x 1 convolution is a batched matrix product over the
-pixels, which was as fast or faster everywhere (bfloat16: 1.1 to 1.5 times) and writes where it is told to.
+Small images go to kernels that hold one in each lane of a vector: csrc/dual_conv_simd.cpp, and for 3 x 3 windows on
+even sizes csrc/dual_winograd_simd.cpp. The others go to torch's convolution, which is handed plain NCHW: at 64 to 320
+channels of 16 x 16 and 32 x 32 pixels, with the conversion there and back counted, channels-last was never ahead. A
+1 x 1 convolution is a batched matrix product over the pixels, which was as fast or faster everywhere (bfloat16: 1.1 to
+1.5 times) and writes where it is told to.
 """
 
 from __future__ import annotations

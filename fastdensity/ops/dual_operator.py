@@ -53,8 +53,7 @@ def define(
         out = empty_result(*arguments)
         first = out if results == 1 else out[0]
         if first.numel():
-            # a compiler that looks in here knows no is_neg
-            if _is_compiling() or any([tensor.is_neg() for tensor in tensors]):  # noqa: C419  generators are slow
+            if any([tensor.is_neg() for tensor in tensors]):  # noqa: C419  a generator costs more than all it asks
                 arguments = tuple(_resolved(arguments))
             launcher(name, first.device.type, room)(*arguments, *(out if results > 1 else (out,)))
         return out
