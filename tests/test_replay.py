@@ -197,6 +197,14 @@ def test_sizes_that_depend_on_values_are_not_replayed():
     assert not programs_of(chosen, (x, mask))
 
 
+def test_a_generator_of_random_numbers_is_no_hindrance():
+    def fn(x: Tensor) -> Tensor:
+        return x @ torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+
+    for _ in range(4):  # the graph holds one generator, whose numbers go on from call to call
+        assert fd.jvp(fn, (torch.randn(3, 6),), torch.randn(2, 3, 6))[1].shape == (2, 3, 6)
+
+
 def test_large_results_are_not_kept(picture, monkeypatch):
     monkeypatch.setattr(arena, "MOST_RESULTS", 1000)
     for _ in range(3):

@@ -91,7 +91,10 @@ class Replay:
 
 def sizes_follow(traced: Traced) -> bool:
     """Do the sizes of all results follow from those of the inputs?"""
-    return not any(free_unbacked_symbols(node.meta.get("val")) for node in traced.graph.nodes)
+    made = pytree.tree_leaves(
+        [node.meta.get("val") for node in traced.graph.nodes]
+    )  # a generator of random numbers, too
+    return not any(free_unbacked_symbols(item) for item in made if isinstance(item, (Tensor, torch.SymInt)))
 
 
 def _kind_of_call(tensors: list[Any]) -> Hashable:
