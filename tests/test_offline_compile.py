@@ -27,6 +27,7 @@ CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100a")
 KERNELS = {
     "rows": {"whole_rows", "partial_sums", "finish_rows"},
     "probe": {"choose_rows", "sum_probes", "finish_forms", "write_probes"},
+    "track": {"track_rows"},
     "dual_conv": {"conv_tiles", "conv_pixels"},
     "dual_chain": {"chain_tiles"},
     "dual_linear": {"linear_tiles"},
