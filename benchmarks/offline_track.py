@@ -27,8 +27,9 @@ def _case(
     for name in ("q", "shift"):
         parameters[PARAMETERS.index(name)] = Shape("float64", (ROWS,))
     operands = (x, p, p if uncond else None, None if fresh else x, None if fresh else eps)
-    # 128 bytes of each operand in the arithmetic's dtype are a thread's share of a tile
-    due = 8 * sum(vector is not None and vector.dtype == arithmetic for vector in operands) if wide else 0
+    # a thread's share of a tile is 64 bytes of each operand; a corrector has no use for the last x, which is not read
+    read = (x, p, operands[2], None if scheme == "corrector" else operands[3], operands[4])
+    due = 4 * sum(vector is not None and vector.dtype == arithmetic for vector in read) if wide else 0
     options = ["cfg"] * uncond + ["first call"] * fresh
     dtypes = state if state == prediction else f"{state}/{prediction}"
     return DualCase(
@@ -55,5 +56,6 @@ def cases(target: str, brief: bool = False) -> list[DualCase]:
             _case("direct", "sample", "bfloat16", "bfloat16"),
             _case("direct", "score", columns=3_001, wide=False),
             _case("direct", "velocity_to_data", columns=192, wide=False),
+            _case("corrector", "epsilon", uncond=True),
         ]
     return found
