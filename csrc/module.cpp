@@ -145,6 +145,28 @@ void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns
 }
 #endif
 
+// (scheme, prediction type, rows, columns, double arithmetic?)
+using TrackArgument = std::tuple<int, int, std::int64_t, std::int64_t, bool>;
+
+void track_cpu_entry(TrackArgument argument, nb::tuple operands, nb::tuple parameters, nb::handle memory,
+                     nb::handle eps, nb::handle report, nb::handle memory_out, int threads) {
+  int scheme = 0, type = 0;
+  TrackCall call;
+  std::tie(scheme, type, call.rows, call.columns, call.in_double) = argument;
+  if (scheme < 0 || scheme > 2 || type < 0 || type > 6) throw std::invalid_argument("unknown scheme or prediction type");
+  if (operands.size() != 5 || parameters.size() != kTrackParameters) throw std::invalid_argument("wrong tuple");
+  call.scheme = static_cast<TrackScheme>(scheme), call.type = static_cast<PredictionType>(type);
+  Rows* const targets[] = {&call.x, &call.prediction, &call.uncond, &call.last_x, &call.last_eps};
+  for (int i = 0; i < 5; ++i) *targets[i] = rows_of(operands[i], call.columns);
+  for (int i = 0; i < kTrackParameters; ++i) call.parameters[i] = parameter_of(parameters[i]);
+  call.memory = static_cast<const double*>(rows_of(memory, kTrackMemory).data);
+  call.eps = const_cast<void*>(rows_of(eps, call.columns).data);
+  call.report = static_cast<double*>(const_cast<void*>(rows_of(report, 4).data));
+  call.memory_out = static_cast<double*>(const_cast<void*>(rows_of(memory_out, kTrackMemory).data));
+  nb::gil_scoped_release release;
+  track_cpu(call, threads);
+}
+
 // -- Probes: as the duals below ---------------------------------------------------------------------------------------
 
 // (distribution, seed, step, stream, first, probes, rows, columns, address of the sample ids)
@@ -396,6 +418,7 @@ NB_MODULE(_native, m) {
         nb::arg("contiguous"), nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(),
         nb::arg("v2").none(), nb::arg("out"), nb::arg("parameters"), nb::arg("report").none(), nb::arg("seed"),
         nb::arg("sample_ids").none(), nb::arg("step"), nb::arg("threads"));
+  m.def("track_cpu", &track_cpu_entry);
   m.def("make_probes_cpu", &make_probes_entry);
   m.def("probe_forms_cpu", &probe_forms_entry);
   m.def("dual_softmax_cpu", &dual_softmax_entry);

@@ -15,7 +15,14 @@ enum class Rule : int { drift = 0, prediction = 1, step = 2, radius = 3 };
 enum class PredictionType : int { epsilon = 0, sample, v_prediction, velocity, velocity_to_data, score, edm };
 enum class DataType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-enum Flag : int { non_finite = 1, zero_score = 2, endpoint = 4, bad_parameter = 8 };
+enum Flag : int {
+  non_finite = 1,
+  zero_score = 2,
+  endpoint = 4,
+  bad_parameter = 8,
+  limited_flag = 16,
+  stale_state = 32
+};
 
 // A batch of row vectors: element j of row i lies at data + (i * row_stride + j) elements.
 struct Rows {
@@ -65,6 +72,26 @@ void rows_cpu(const RowsCall& call, int threads);
 // Returns nullptr, or the CUDA error as text.
 std::int64_t rows_cuda_scratch(const RowsCall& call);  // bytes
 const char* rows_cuda(const RowsCall& call, void* scratch, void* stream);
+
+// The closed loop of guidance: fastdensity/reference/track.py has the contract, the parameters and the memory.
+enum class TrackScheme : int { direct = 0, predictor, corrector };
+constexpr int kTrackParameters = 14, kTrackMemory = 20;
+
+struct TrackCall {
+  TrackScheme scheme = TrackScheme::direct;
+  PredictionType type = PredictionType::epsilon;
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  Rows x, prediction, uncond, last_x, last_eps;  // the last three may be absent
+  bool in_double = false;                        // the type of sums and of eps
+  void* eps = nullptr;                           // (rows, columns) dense
+  Parameter parameters[kTrackParameters];
+  const double* memory = nullptr;  // (rows, kTrackMemory)
+  double* memory_out = nullptr;    // likewise, separate memory
+  double* report = nullptr;        // (rows, 4)
+};
+
+void track_cpu(const TrackCall& call, int threads);
 
 // Probes first .. first + probes - 1 of every row; the contract of fastdensity/reference/probe.py.
 enum class Distribution : int { rademacher = 0, normal, sphere, hadamard };

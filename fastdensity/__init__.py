@@ -15,6 +15,7 @@ from fastdensity.mixture import GaussianMixture
 from fastdensity.ops.rows import guide_prediction, guided_drift, guided_step
 from fastdensity.ops.rows_prior import scale_prior
 from fastdensity.ops.rows_result import StepResult
+from fastdensity.ops.state import GuidanceState
 from fastdensity.probes import probes
 from fastdensity.sampling import LogProbResult, SampleResult, log_prob, sample
 from fastdensity.schedules import EDM, VE, VP, RectifiedFlow, Schedule, karras_sigmas, lam_from_alpha_sigma
@@ -29,6 +30,7 @@ __all__ = [
     "DivergenceEstimate",
     "Flow",
     "GaussianMixture",
+    "GuidanceState",
     "HighDensity",
     "LogProbResult",
     "RectifiedFlow",

@@ -26,6 +26,17 @@ def rows_cpu(
     step: int,
     threads: int,
 ) -> None: ...
+def track_cpu(
+    call: tuple[int, int, int, int, bool],
+    operands: tuple[Tensor | None, ...],
+    parameters: tuple[float | Tensor, ...],
+    memory: Tensor,
+    eps: Tensor,
+    report: Tensor,
+    memory_out: Tensor,
+    threads: int,
+    /,
+) -> None: ...
 def make_probes_cpu(call: tuple[int, ...], out: int, dtype: int, threads: int, /) -> None: ...
 def probe_forms_cpu(call: tuple[int, ...], products: int, out: int, dtype: int, threads: int, /) -> None: ...
 def dual_softmax_cpu(x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /) -> None: ...

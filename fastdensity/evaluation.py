@@ -112,6 +112,16 @@ class Evaluation:
             rate = rate + noise**2 * half_variance * (laplacian - self.curvature_along_score())
         return rate, ((1.0 - noise**2) * half_variance * std_err).abs()
 
+    def flow_rate(self) -> tuple[Tensor, Tensor]:
+        """-div u but for the path's own stretching, and its standard error, (B,) each per unit of lam, in float64.
+
+        With the stretching, d ln alpha/dlam in each dimension, it would be what the flow does to log p.
+        """
+        assert self._measured is not None
+        laplacian, std_err = self._measured
+        half_variance = self.sigma**2 / 2
+        return -half_variance * laplacian, (half_variance * std_err).abs()
+
     def _predict(self, x: Tensor) -> Tensor:
         return self.problem.flow.prediction(x, self.lam)
 

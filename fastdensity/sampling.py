@@ -28,6 +28,10 @@ class SampleResult:
         nfe: states at which the network was evaluated, per sample (of an adaptive solver the most that any sample
             needed); products with its Jacobian there not counted.
         flags: (B,) int64, the bits of `fastdensity.rules.FLAG_*` seen on the way, 0 for a row guided as asked.
+        commanded: (B,) float64, nats that guidance was to add to what the flow itself does to log p; None, like the
+            next two, where the guidance does not track.
+        realised: (B,) nats that its steps added, measured from one network call to the next; of the last step what
+            is to be expected. residual: (B,) commanded - realised.
     """
 
     x: Tensor
@@ -35,6 +39,9 @@ class SampleResult:
     std_err: Tensor | None
     nfe: int
     flags: Tensor
+    commanded: Tensor | None = None
+    realised: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +117,15 @@ def sample(
         run = Trajectory(problem, levels, guidance, noise, report)
         x = solve(run, latents.detach())
         flags = run.flags | non_finite(x)
-        if not log_prob:
-            return SampleResult(x, None, None, run.evaluations, flags)
-        start = log_normal_density(latents, run.path(levels[0])[1])
-        return SampleResult(x, start + run.log_change, run.log_variance.sqrt(), run.evaluations, flags)
+        density = std_err = None
+        state = run.state
+        if log_prob:
+            density = log_normal_density(latents, run.path(levels[0])[1]) + run.log_change
+            std_err = run.log_variance.sqrt()
+            if state is not None:
+                density = density + state.realised
+        books = (None, None, None) if state is None else (state.commanded, state.realised, state.residual)
+        return SampleResult(x, density, std_err, run.evaluations, flags, *books)
 
 
 def log_prob(

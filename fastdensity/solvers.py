@@ -47,9 +47,9 @@ def heun(run: Trajectory, x: Tensor) -> Tensor:
         alpha_next, _ = run.path(step.lam_next)
         ratio = alpha_next / first.alpha
         along_eps = ratio * first.sigma * math.expm1(-step.size / 2)  # alpha' (kappa' - kappa)
-        eps = run.guided_epsilon(first, step.size / 2)
+        eps = run.guided_epsilon(first, step.size / 2, step, "predictor")
         second = run.evaluate(ratio * x + along_eps * eps, step.lam_next, step)
-        eps_next = run.guided_epsilon(second, step.size / 2)
+        eps_next = run.guided_epsilon(second, step.size / 2, step, "corrector")
         x = ratio * x + (along_eps / 2) * (eps + eps_next)
         run.finish(step, x)
     return x
@@ -64,12 +64,14 @@ def dpmpp_2m(run: Trajectory, x: Tensor) -> Tensor:
     before: Tensor | None = None
     for step in run.steps():
         point = run.evaluate(x, step.lam, step)
-        guided = run.guided_prediction(point, _adams_bashforth_weight(run.grid, step.index))
+        carry = 0.0 if before is None else step.size / (step.lam - run.grid[step.index - 1]) / 2
+        weight = _adams_bashforth_weight(run.grid, step.index)
+        guided = run.guided_prediction(point, weight, step, carry=carry)
         data = to_sample(guided, x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
         alpha_next, sigma_next = run.path(step.lam_next)
         extrapolated = data
         if before is not None:
-            extrapolated = data + (step.size / (step.lam - run.grid[step.index - 1]) / 2) * (data - before)
+            extrapolated = data + carry * (data - before)
         x = (sigma_next / point.sigma) * x - (alpha_next * math.expm1(-step.size / 2)) * extrapolated
         before = data
         run.finish(step, x)

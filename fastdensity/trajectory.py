@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from fastdensity import rules
+from fastdensity.boundary import check_number
 from fastdensity.conversions import to_epsilon
 from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
 from fastdensity.flow import drift_from_epsilon
 from fastdensity.guidance import Guidance, Number
 from fastdensity.ops.rows import guide_prediction, guided_step
+from fastdensity.ops.state import GuidanceState
+from fastdensity.ops.track import track
 from fastdensity.sums import row_dot, row_sum
 
 Callback = Callable[[int, float, Tensor], Any]
@@ -46,6 +49,7 @@ class Trajectory:
     Attributes:
         log_change: (B,) float64, what log p gained so far, in nats; log_variance: (B,) of its estimate.
         flags: (B,) bits of `fastdensity.rules.FLAG_*` seen. evaluations: of the network.
+        state: of the guidance's closed loop, None where nothing is tracked.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Trajectory:
         self.log_change = torch.zeros_like(ids, dtype=torch.float64)
         self.log_variance = torch.zeros_like(self.log_change)
         self.evaluations = 0
+        self.state: GuidanceState | None = None
 
     def steps(self) -> Iterator[Step]:
         """The steps of the grid, in order."""
@@ -88,11 +93,12 @@ class Trajectory:
         return point
 
     def advance(self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float) -> Tensor:
-        """The guided step to alpha_next x0 + sigma_next eps; log p by the left-hand rule.
+        """The guided step to alpha_next x0 + sigma_next eps; log p by the left-hand rule, or by the loop's books.
 
         One pass, unless noise is added whole: that moves log p too, by sigma s.dW = -eps.z sqrt(dlam).
         """
         scale = self._noise_scale(point, step)
+        self._close_loop(point, step, "direct", (alpha_next, sigma_next), scale)
         if point.push.projected:
             return self._move(point, step, alpha_next, sigma_next, scale)
         moved, noise = self._move(point, step, alpha_next, sigma_next, 0.0), self._draw_noise(point.x, step)
@@ -116,7 +122,7 @@ class Trajectory:
             alpha_next=alpha_next,
             sigma_next=sigma_next,
             q=push.q,
-            shift=push.shift,
+            shift=push.shift + push.repair,
             gain=push.gain,
             prediction_type=problem.kind,
             sigma_data=problem.sigma_data,
@@ -126,22 +132,29 @@ class Trajectory:
             sample_ids=problem.sample_ids,
             step=step.index,
         )
-        self._record(point, step.size, result.report)
+        self._record(point, self._weight(step), result.report)
         return result.sample
 
-    def guided_prediction(self, point: Evaluation, weight: float) -> Tensor:
+    def guided_prediction(
+        self, point: Evaluation, weight: float, step: Step, scheme: str = "direct", carry: float = 0.0
+    ) -> Tensor:
         """The prediction whose noise is eta eps (B, *), in x's dtype; log p gains weight times its rate here.
 
-        In x's dtype because eta - 1 is lost where a half precision prediction would be rounded again.
+        In x's dtype because eta - 1 is lost where a half precision prediction would be rounded again. `scheme` and
+        `carry` say how the solver goes on from it (`fastdensity.reference.track`).
         """
+        self._close_loop(point, step, scheme, self.path(step.lam_next), 0.0, carry)
         guided, report = self._guide(point)
         self._record(point, weight, report)
         return guided
 
-    def guided_epsilon(self, point: Evaluation, weight: float) -> Tensor:
+    def guided_epsilon(self, point: Evaluation, weight: float, step: Step, scheme: str) -> Tensor:
         """eta eps (B, *); log p gains weight times its rate here."""
-        problem, guided = self.problem, self.guided_prediction(point, weight)
-        return to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+        return self._to_epsilon(point, self.guided_prediction(point, weight, step, scheme))
+
+    def _to_epsilon(self, point: Evaluation, prediction: Tensor) -> Tensor:
+        problem = self.problem
+        return to_epsilon(prediction, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
 
     def slope(self, point: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
         """The guided drift dx/dlam (B, *) in x's dtype; d log p/dlam and its standard error, (B,) float64, if tracked.
@@ -150,7 +163,7 @@ class Trajectory:
         """
         problem = self.problem
         guided, report = self._guide(point)
-        eps = to_epsilon(guided, point.x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
+        eps = self._to_epsilon(point, guided)
         drift = drift_from_epsilon(eps, point.x, point.lam, self.schedule)
         eta_minus_one, sq_norm, _, flags = report.unbind(dim=1)
         if point.push is not UNGUIDED:
@@ -164,6 +177,44 @@ class Trajectory:
         if self.callback is not None:
             self.callback(step.index, step.lam_next, x)
 
+    def _close_loop(
+        self,
+        point: Evaluation,
+        step: Step,
+        scheme: str,
+        ends: tuple[float, float],
+        noise_scale: float | Tensor,
+        carry: float = 0.0,
+    ) -> None:
+        """Puts the eta that the closed loop decides on in the place of the push that was asked for."""
+        guidance, push, problem = self.guidance, point.push, self.problem
+        if push is UNGUIDED or guidance is None or not guidance.track:
+            return
+        if self.state is None:
+            self.state = GuidanceState.fresh(point.x)
+        alpha_end, sigma_end = self.path(step.lam_next)
+        if problem.tracks and scheme != "corrector":  # the flow's stretching is known without a quadrature
+            self.log_change -= problem.dimension * math.log(alpha_end / float(point.alpha))
+        final = step.index == len(self.grid) - 2 or not guidance.active(step.lam_next)
+        numbers = {
+            "alpha": point.alpha,
+            "sigma": point.sigma,
+            "alpha_next": ends[0],
+            "sigma_next": ends[1],
+            "alpha_end": alpha_end,
+            "sigma_end": sigma_end,
+            "q": check_number("q", push.q, point.x, 0.0, 1.0, True),
+            "shift": check_number("shift", push.shift, point.x),
+            "repair": check_number("repair", push.repair, point.x),
+            "noise_scale": check_number("noise_scale", noise_scale, point.x, 0.0),
+            "sigma_data": problem.sigma_data,
+            "carry": carry,
+            "final": float(final),
+        }
+        report = track(self.state, point.x, point.prediction, None, problem.kind, scheme, numbers)
+        self.flags |= report[:, 3].to(torch.int64)
+        point.push = replace(push, q=0.5, shift=0.0, repair=0.0, gain=report[:, 0])
+
     def _guide(self, point: Evaluation) -> tuple[Tensor, Tensor]:
         """The prediction whose noise is eta eps (B, *) in x's dtype, and the kernel's report (B, 4)."""
         problem, push, x = self.problem, point.push, point.x
@@ -174,7 +225,7 @@ class Trajectory:
             alpha=point.alpha,
             sigma=point.sigma,
             q=push.q,
-            shift=push.shift,
+            shift=push.shift + push.repair,
             gain=push.gain,
             prediction_type=problem.kind,
             sigma_data=problem.sigma_data,
@@ -211,7 +262,10 @@ class Trajectory:
         self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
     ) -> Tensor:
         """The same step where Euler's is so long that alpha or sigma would end below 0, which no kernel takes."""
-        x, eps = point.x, self.guided_epsilon(point, step.size)
+        x = point.x
+        guided, report = self._guide(point)
+        self._record(point, self._weight(step), report)
+        eps = self._to_epsilon(point, guided)
         along_eps = sigma_next - alpha_next * (point.sigma / point.alpha)
         moved = (alpha_next / point.alpha) * x + along_eps * eps
         if not isinstance(scale, Tensor) and scale == 0:
@@ -229,9 +283,38 @@ class Trajectory:
         seen = flags.to(torch.int64)
         self.flags |= seen & rules.FLAG_NON_FINITE if point.push is UNGUIDED else seen
         if self.problem.tracks:
-            rate, std_err = point.log_density_rate(eta_minus_one, sq_norm)
+            books = point.push is not UNGUIDED and self.guidance is not None and self.guidance.track
+            rate, std_err = point.flow_rate() if books else point.log_density_rate(eta_minus_one, sq_norm)
             self.log_change += weight * rate
             self.log_variance += (weight * std_err) ** 2
+
+    def _weight(self, step: Step) -> float:
+        """What the rate at the begin of a one-evaluation step counts: the step's length, by the left-hand rule.
+
+        Where the loop is closed the divergence is the only error left in log p, so there it goes by the trapezoid
+        rule, whose right end is the next step's evaluation; the grid's last step by extrapolation.
+        """
+        before, weight = self.step_before(step), step.size
+        if self._is_closed(step):
+            weight = step.size / 2.0
+            if step.lam_next == self.grid[-1]:
+                weight = step.size * (1.0 + (0.0 if before is None else step.size / (2.0 * before.size)))
+        if before is not None and self._is_closed(before):
+            weight += before.size / 2.0
+        after = self.grid[step.index + 2] if step.index + 2 < len(self.grid) else None
+        if after == self.grid[-1] and after is not None:
+            last = Step(step.index + 1, step.lam_next, after)
+            if self._is_closed(last):
+                weight -= last.size * last.size / (2.0 * step.size)
+        return weight
+
+    def step_before(self, step: Step) -> Step | None:
+        """The step that led to this one."""
+        return None if step.index == 0 else Step(step.index - 1, self.grid[step.index - 1], step.lam)
+
+    def _is_closed(self, step: Step) -> bool:
+        guidance = self.guidance
+        return guidance is not None and guidance.track and guidance.active(step.lam)
 
 
 def log_normal_density(x: Tensor, sigma: float) -> Tensor:

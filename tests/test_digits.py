@@ -126,9 +126,11 @@ def test_export_keeps_the_function(schedule: fd.VE | None) -> None:
     assert torch.equal(exported(x, lam), network(x, lam))
 
 
+@pytest.mark.parametrize("track", [False, True])
 @pytest.mark.parametrize("schedule", [fd.VE(), fd.RectifiedFlow()], ids=repr)
-def test_another_path_carries_the_same_samples_and_density(schedule: fd.VE | fd.RectifiedFlow) -> None:
+def test_another_path_carries_the_same_samples_and_density(schedule: fd.VE | fd.RectifiedFlow, track: bool) -> None:
     """At equal log-SNR x / alpha is the same on every path; log p differs by what stretches x, summed as it was."""
+    guidance = fd.DensityGuidance(q=0.4, track=track)
     flow = fd.Flow(network64(), fd.VP(), "v_prediction")
     grid = torch.linspace(LAM_NOISE, 4.0, 5, dtype=torch.float64)
     noise = batch(2)[0]
@@ -136,8 +138,10 @@ def test_another_path_carries_the_same_samples_and_density(schedule: fd.VE | fd.
     for each in (flow, along_path(flow, schedule)):
         path = each.schedule
         latents = noise * path.sigma(LAM_NOISE)
-        result = fd.sample(each, latents, grid, "ddim", fd.DensityGuidance(q=0.4), log_prob=True, divergence="exact")
-        stretch = math.log(path.sigma(LAM_NOISE)) + sum(3.5 * path.dlog_alpha(lam) for lam in grid[:-1].tolist())
+        result = fd.sample(each, latents, grid, "ddim", guidance, log_prob=True, divergence="exact")
+        by_steps = sum(3.5 * path.dlog_alpha(lam) for lam in grid[:-1].tolist())
+        exactly = math.log(path.alpha(4.0) / path.alpha(LAM_NOISE))
+        stretch = math.log(path.sigma(LAM_NOISE)) + (exactly if track else by_steps)
         assert result.log_prob is not None
         results.append((result.x / path.alpha(4.0), result.log_prob + DIMENSION * stretch))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-9, atol=1e-9)

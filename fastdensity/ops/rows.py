@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdensity.boundary import check_integer, check_like, check_number, check_sample_ids, check_state
 from fastdensity.conversions import check_prediction_type
 from fastdensity.ops.rows_operator import run
 from fastdensity.ops.rows_result import StepResult
+from fastdensity.ops.state import GuidanceState
+from fastdensity.ops.track import check_loop, track
 from fastdensity.reference.rows import NoiseKey, Parameter
 
 
@@ -57,6 +60,14 @@ def guided_drift(
     return run("drift", "epsilon", operands, parameters, None, out, report, name)[0]
 
 
+def _check_push(q: Any, shift: Any, gain: Any, sample: Tensor) -> tuple[Parameter, Parameter, Parameter]:
+    return (
+        check_number("q", q, sample, 0.0, 1.0, True),
+        check_number("shift", shift, sample),
+        check_number("gain", gain, sample),
+    )
+
+
 def _check_sigma_data(sigma_data: Any, sample: Tensor) -> Parameter:
     if isinstance(sigma_data, Tensor):
         raise TypeError("sigma_data must be one positive number: it belongs to the network, not to a row")
@@ -87,6 +98,12 @@ def guide_prediction(
     sigma_data: float = 0.5,
     out: Tensor | None = None,
     report: Tensor | None = None,
+    state: GuidanceState | None = None,
+    alpha_next: float | Tensor | None = None,
+    sigma_next: float | Tensor | None = None,
+    scheme: str = "direct",
+    carry: float | Tensor = 0.0,
+    final: bool = False,
 ) -> Tensor:
     """The network output whose predicted noise is eta times larger: density guidance before any solver.
 
@@ -102,6 +119,10 @@ def guide_prediction(
         uncond, cfg_scale: classifier-free guidance uncond + cfg_scale (prediction - uncond), before the density's.
         out: written if given. report: (B, 4) float32 (float64 for float64 rows), receives (eta - 1, ||eps||^2, 0,
             flags).
+        state: closes the loop (docs/few-steps.md): eta makes up for what earlier steps missed, and the state is
+            brought up to date. Wants the path after the step, alpha_next and sigma_next. scheme: "direct" for one
+            evaluation a step, "predictor" and "corrector" for Heun's two. carry: h / (2 h_last) of a two-step method
+            like DPM++(2M), steps measured in ln(alpha / sigma); 0 for others. final: no guided step follows.
 
     Returns:
         (B, *) in the prediction's dtype. Rows at alpha = 0 or sigma = 0, with ||eps|| = 0, or with numbers that
@@ -113,18 +134,21 @@ def guide_prediction(
     check_state("sample", sample)
     check_like("prediction", prediction, sample, "sample")
     kind = check_prediction_type(prediction_type)
-    parameters = (
-        check_number("alpha", alpha, sample, 0.0),
-        check_number("sigma", sigma, sample, 0.0),
-        1.0,
-        1.0,
-        check_number("q", q, sample, 0.0, 1.0, True),
-        check_number("shift", shift, sample),
-        check_number("gain", gain, sample),
-        _check_cfg(uncond, cfg_scale, sample),
-        0.0,
-        _check_sigma_data(sigma_data, sample),
-    )
+    place = (check_number("alpha", alpha, sample, 0.0), check_number("sigma", sigma, sample, 0.0))
+    push = _check_push(q, shift, gain, sample)
+    scale, data = _check_cfg(uncond, cfg_scale, sample), _check_sigma_data(sigma_data, sample)
+    if state is not None:
+        if alpha_next is None or sigma_next is None:
+            raise ValueError("alpha_next and sigma_next must be given with state: where the step is going to end")
+        ends = (
+            check_number("alpha_next", alpha_next, sample, 0.0),
+            check_number("sigma_next", sigma_next, sample, 0.0),
+        )
+        loop = check_loop(scheme, carry, final, place, ends, push[2], sample)
+        loop |= {"q": push[0], "shift": push[1], "cfg_scale": scale, "sigma_data": data}
+        numbers = track(state, sample, prediction, uncond, kind, scheme, loop)
+        push = (0.5, 0.0, numbers[:, 0])
+    parameters = (*place, 1.0, 1.0, *push, scale, 0.0, data)
     operands = (sample, prediction, uncond, None)
     return run("prediction", kind, operands, parameters, None, out, report, "prediction")[0]
 
@@ -150,6 +174,8 @@ def guided_step(
     sample_ids: Tensor | None = None,
     step: int = 0,
     out: Tensor | None = None,
+    state: GuidanceState | None = None,
+    final: bool = False,
 ) -> StepResult:
     """One guided step of the flow, from (alpha, sigma) to (alpha_next, sigma_next), in one pass.
 
@@ -166,6 +192,8 @@ def guided_step(
             taken modulo 2^32. step: which step of the trajectory this is, part of the key.
         noise_scale: standard deviation of the noise, a number or (B,), in units of the sample.
         out: (B, *) like `sample`; written if given, may be `sample`.
+        state: closes the loop (docs/few-steps.md): what the last step missed is made up for in this one, and the
+            state is brought up to date. final: no guided step follows, so this one's own error is allowed for.
 
     Returns:
         StepResult with .sample (B, *) in the sample's dtype, .eta, .sq_norm, .dlogp, .flags (B,). A row with
@@ -186,18 +214,22 @@ def guided_step(
     )
     _check_step_exists(kind, *ends[:2])
     noise_key = _check_noise(noise, noise_scale, seed, sample_ids, step, sample)
-    parameters = (
-        *ends,
-        check_number("q", q, sample, 0.0, 1.0, True),
-        check_number("shift", shift, sample),
-        check_number("gain", gain, sample),
-        _check_cfg(uncond, cfg_scale, sample),
-        check_number("noise_scale", noise_scale, sample, 0.0),
-        _check_sigma_data(sigma_data, sample),
-    )
+    push = _check_push(q, shift, gain, sample)
+    scale, data = _check_cfg(uncond, cfg_scale, sample), _check_sigma_data(sigma_data, sample)
+    spread = check_number("noise_scale", noise_scale, sample, 0.0)
+    numbers: Tensor | None = None
+    if state is not None:
+        loop = check_loop("direct", 0.0, final, ends[:2], ends[2:], push[2], sample)
+        before = sample if out is None else sample.clone()  # the state keeps it, and out may be its memory
+        loop |= {"q": push[0], "shift": push[1], "cfg_scale": scale, "noise_scale": spread, "sigma_data": data}
+        numbers = track(state, before, prediction, uncond, kind, "direct", loop)
+        push = (0.5, 0.0, numbers[:, 0])
+    parameters = (*ends, *push, scale, spread, data)
     operands = (sample, prediction, uncond, noise)
     result, report = run("step", kind, operands, parameters, noise_key, out, True, "sample")
     assert report is not None
+    if numbers is not None:
+        report[:, 3] = (report[:, 3].to(torch.int64) | numbers[:, 3].to(torch.int64)).to(report.dtype)
     return StepResult(result, report)
 
 

@@ -17,6 +17,7 @@ run in float64 if any operand is float64, else in float32; the few numbers per r
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def result_like(rule: str, operands: Operands) -> Tensor:
     return like
 
 
-def flatten(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def flatten(operands: tuple[Tensor | None, ...]) -> Any:
     """Each operand (B, *) as rows (B, D); a state of shape (B,) has rows of one element."""
     return tuple(
         None if operand is None else operand.reshape(operand.shape[0], operand.shape[1:].numel())

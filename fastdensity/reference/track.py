@@ -51,7 +51,9 @@ MEMORY = (
     "sq_norm",  # ||eps||^2 there
     "rate",  # commanded there
     "eta",
-    "noisy",  # 1: the step added noise
+    "noisy",  # 1: the step added noise, beside drift_eps eps + drift_state y
+    "drift_eps",
+    "drift_state",
     "commanded_next",  # of the step under way: commanded, and what was expected of it
     "realised_next",
     "length",  # of the step before, in l
@@ -115,6 +117,6 @@ def launch_torch(
     eps: Tensor, report: Tensor, memory_out: Tensor,
 ) -> None:  # fmt: skip
     """The reference as a backend."""
-    found = track(kind, scheme, flatten(operands), parameters, memory)  # type: ignore[arg-type]
+    found = track(kind, scheme, flatten(operands), parameters, memory)
     for target, value in zip((eps, report, memory_out), found, strict=True):
         target.copy_(value.view_as(target))

@@ -66,7 +66,14 @@ def _problems(scheme: str, now: Numbers, rate: Tensor, gram: Gram) -> Tensor:
     bad = bad | ~rate.isfinite()
     if scheme != "corrector":  # there the step is already over
         bad = bad | ~(now["alpha"] * now["sigma_end"] < now["sigma"] * now["alpha_end"])
-    for name in ("alpha_next", "sigma_next", "repair", "cfg_scale", "noise_scale", "carry"):  # coefficients, of any sign
+    for name in (
+        "alpha_next",
+        "sigma_next",
+        "repair",
+        "cfg_scale",
+        "noise_scale",
+        "carry",
+    ):  # coefficients, of any sign
         bad = bad | ~now[name].isfinite()
     flags = flags | bad.to(torch.int64) * rules.FLAG_BAD_PARAMETER
     flags = flags | (gram.square == 0).to(torch.int64) * rules.FLAG_ZERO_SCORE
@@ -124,7 +131,8 @@ def _advance(
     commanded = h * rate + 0.5 * h * h * trend
     ahead = long & (before["noisy"] == 0) & (now["turn"] > 0) & (scheme == "direct")
     ahead = ahead & (now["noise_scale"] == 0)
-    base, slope = _predict(now, ahead, known)
+    along_eps, along_state = _one_step_move(now)
+    base, slope = _predict(now, ahead, known, along_eps, along_state)
     wanted = commanded + deficit
     # the last step is taken with the error in mind that its like had, since nothing comes after to mend it
     again = ahead & (now["final"] != 0) & (before["steps"] > 2)
@@ -144,6 +152,8 @@ def _advance(
         "sq_norm": torch.where(guided, now["square"], zero),
         "eta": torch.where(guided, eta, zero),
         "noisy": torch.where(guided & (now["noise_scale"] > 0), 1.0, 0.0).double(),
+        "drift_eps": torch.where(guided, eta * along_eps, zero),
+        "drift_state": torch.where(guided, along_state, zero),
         "commanded_next": torch.where(guided, commanded, zero),
         "realised_next": torch.where(guided, expected, zero),
         "length": torch.where(guided & known, h_last, zero),
@@ -162,18 +172,23 @@ def _measure(now: Numbers, before: Numbers, known: Tensor) -> Numbers:
 
     The trapezoid rule over nodes, each with the slope of the step on its own side. Within a run the errors of both
     sides of a node cancel; at its end a half of the last slope's lag is left, and steps of unequal length leave
-    theirs: `mismatch` and `skew` put both right. A step with noise bends no smooth path: eps is taken as linear
-    along it instead, which makes ||eps||^2 quadratic.
+    theirs: `mismatch` and `skew` put both right. Noise bends no smooth path: it is taken to come at the step's end,
+    orthogonal to what eps was there before, so that half of noise.eps is what it did, and |eps - last eps|^2 is its
+    share of ||eps||^2.
     """
     zero = torch.zeros_like(now["rate"])
-    h, move = now["h_last"], now["move"]
+    h, square, square_last = now["h_last"], now["square"], now["square_last"]
     long = known & (h > TINY_STEP)
     safe_h = torch.where(long, h, 1.0)
     per_kappa = torch.where(long, h / torch.where(long, now["kappa"] - now["kappa_last"], 1.0), -1.0 / now["kappa"])
     noisy = before["noisy"] != 0
-    spread = now["square"] - 2.0 * now["turn"] + now["square_last"]
-    gain = 0.5 * per_kappa * (move + now["move_last"]) - 0.5 * h * (now["square"] + now["square_last"])
-    gain = gain + torch.where(noisy, h * spread / 6.0, zero)
+    move, move_last = now["move"], now["move_last"]
+    drift = before["drift_eps"] * now["turn"] + before["drift_state"] * (now["state"] - move)
+    drift_last = before["drift_eps"] * square_last + before["drift_state"] * (now["state_last"] - move_last)
+    drift, drift_last = torch.where(noisy, drift, move), torch.where(noisy, drift_last, move_last)
+    share = torch.where(noisy, square - 2.0 * now["turn"] + square_last, zero)
+    gain = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (square + square_last - share)
+    gain = gain - 0.5 * (move + move_last - drift - drift_last) / now["kappa"]
     smooth = long & ~noisy
     mismatch = torch.where(smooth, now["square"] + now["rate"] - per_kappa * move / safe_h, zero)
     earlier = before["length"]
@@ -196,7 +211,15 @@ def _measure(now: Numbers, before: Numbers, known: Tensor) -> Numbers:
     }
 
 
-def _predict(now: Numbers, ahead: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+def _one_step_move(now: Numbers) -> tuple[Tensor, Tensor]:
+    """(u, v): a step without memory moves y = x / alpha by u eta eps + v y."""
+    one = torch.ones_like(now["rate"])
+    alpha = torch.where(now["alpha"] > 0, now["alpha"], one)
+    end = torch.where(now["alpha_end"] > 0, now["alpha_end"], one)
+    return (now["sigma_next"] - now["alpha_next"] * (now["sigma"] / alpha)) / end, now["alpha_next"] / end - 1.0
+
+
+def _predict(now: Numbers, ahead: Tensor, known: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(base, slope): the step ahead gives base + slope eta nats over -div u.
 
     Along it eps goes on turning and shrinking as it did in the last step: ln ||eps|| linear, the angle's square
@@ -223,13 +246,8 @@ def _predict(now: Numbers, ahead: Tensor, known: Tensor) -> tuple[Tensor, Tensor
     mean_square = torch.where(ahead, mean_square, one) * square
     a, c = along + lean * turn / square, -lean
     # the step's move of y is u eta eps + v y - w (last move + kappa_last eta_last last_eps)
-    alpha, kappa, step = now["alpha"], now["kappa"], now["kappa_end"] - now["kappa"]
-    safe_alpha = torch.where(alpha > 0, alpha, one)
-    safe_end = torch.where(now["alpha_end"] > 0, now["alpha_end"], one)
-    carry = torch.where(known, now["carry"], zero)
-    u = (now["sigma_next"] - now["alpha_next"] * (now["sigma"] / safe_alpha)) / safe_end * (1.0 + carry)
-    v = now["alpha_next"] / safe_end - 1.0
-    w = step * carry / kappa
+    step, carry = now["kappa_end"] - now["kappa"], torch.where(known, now["carry"], zero)
+    u, w = u * (1.0 + carry), step * carry / now["kappa"]
     per_kappa = h / torch.where(step != 0, step, one)
     last = a * turn + c * now["square_last"]
     rest = v * (a * now["state"] + c * now["state_last"])

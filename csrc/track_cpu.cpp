@@ -1,0 +1,140 @@
+// The closed loop on CPU: fastdensity/reference/track.py. One pass over a row makes eps and the six inner products that
+// csrc/track_rule.h decides from. Chunks and sums as in rows_cpu.cpp: a row's bits depend on nothing but the row.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "ops.h"
+#include "rows_simd.h"
+#include "track_rule.h"
+
+namespace fastdensity {
+namespace {
+
+using simd::kChunk;
+
+constexpr std::int64_t kSerialElements = 32768;  // as rows_cpu.cpp
+
+template <typename Real>
+class TrackKernel {
+ public:
+  explicit TrackKernel(const TrackCall& call) : call_(call) {}
+
+  TrackParameters parameters(std::int64_t row) const {
+    double values[kTrackParameters];
+    for (int i = 0; i < kTrackParameters; ++i) values[i] = row_parameter(call_.parameters[i], row);
+    TrackParameters result;
+    std::memcpy(&result, values, sizeof(values));
+    return result;
+  }
+
+  TrackMemory memory(std::int64_t row) const {
+    TrackMemory result;
+    std::memcpy(&result, call_.memory + row * kTrackMemory, sizeof(result));
+    return result;
+  }
+
+  TrackGram products(const TrackParameters& now, const TrackMemory& before, std::int64_t row, std::int64_t begin,
+                     std::int64_t size) const {
+    Scratch scratch;
+    const Real* x = vector_of(call_.x, row, begin, size, scratch.x);
+    Real* eps = static_cast<Real*>(call_.eps) + row * call_.columns + begin;
+    write_eps(now, x, row, begin, size, scratch, eps);
+    TrackGram gram;
+    gram.square = simd::sum_of_squares(eps, size);
+    gram.state = simd::dot(x, eps, size);
+    if (before.steps == 0 || !call_.last_x.data || !call_.last_eps.data) return gram;
+    const Real* last = vector_of(call_.last_eps, row, begin, size, scratch.last_eps);
+    simd::Terms<Real> move;
+    move.add(Real(1.0 / now.alpha), x);
+    move.add(Real(-1.0 / before.alpha), vector_of(call_.last_x, row, begin, size, scratch.last_x));
+    simd::combine(move, size, scratch.move);
+    gram.turn = simd::dot(eps, last, size);
+    gram.move = simd::dot(scratch.move, eps, size);
+    gram.move_last = simd::dot(scratch.move, last, size);
+    gram.state_last = simd::dot(x, last, size);
+    return gram;
+  }
+
+  void finish(const TrackParameters& now, const TrackMemory& before, TrackGram gram, std::int64_t row) const {
+    gram.state /= now.alpha, gram.state_last /= now.alpha;
+    // a sum that the arithmetic's type cannot hold counts as infinite, as it does where all of it runs in that type
+    if (!std::isfinite(static_cast<Real>(gram.square))) gram.square = static_cast<Real>(gram.square);
+    TrackMemory after;
+    const TrackReport report = track::decide(call_.scheme, call_.columns, now, before, gram, after);
+    std::memcpy(call_.memory_out + row * kTrackMemory, &after, sizeof(after));
+    std::memcpy(call_.report + 4 * row, &report, sizeof(report));
+  }
+
+ private:
+  struct Scratch {
+    alignas(64) Real x[kChunk], prediction[kChunk], uncond[kChunk], last_x[kChunk], last_eps[kChunk], move[kChunk];
+  };
+
+  static const Real* vector_of(const Rows& rows, std::int64_t row, std::int64_t begin, std::int64_t size,
+                               Real* buffer) {
+    const std::int64_t offset = row * rows.row_stride + begin;
+    constexpr DataType type = sizeof(Real) == 4 ? DataType::float32 : DataType::float64;
+    if (rows.dtype == type) return static_cast<const Real*>(rows.data) + offset;
+    simd::load(rows.data, static_cast<int>(rows.dtype), offset, size, buffer);
+    return buffer;
+  }
+
+  void write_eps(const TrackParameters& now, const Real* x, std::int64_t row, std::int64_t begin, std::int64_t size,
+                 Scratch& scratch, Real* eps) const {
+    const Real* prediction = vector_of(call_.prediction, row, begin, size, scratch.prediction);
+    if (call_.uncond.data) {
+      const Real* uncond = vector_of(call_.uncond, row, begin, size, scratch.uncond);
+      simd::classifier_free(uncond, prediction, Real(now.cfg_scale), size, scratch.prediction);
+      prediction = scratch.prediction;
+    }
+    const double edm_norm = sqrt(now.sigma * now.sigma + (now.alpha * now.sigma_data) * (now.alpha * now.sigma_data));
+    double along_x, along_p, scale;
+    direction(call_.type, now.alpha, now.sigma, now.sigma_data, edm_norm, &along_x, &along_p, &scale);
+    simd::Terms<Real> terms;
+    terms.add(Real(along_p * scale), prediction);
+    if (along_x != 0.0) terms.add(Real(along_x * scale), x);
+    simd::combine(terms, size, eps);
+  }
+
+  const TrackCall& call_;
+};
+
+void add(TrackGram& total, const TrackGram& part) {
+  total.square += part.square, total.turn += part.turn, total.move += part.move, total.move_last += part.move_last;
+  total.state += part.state, total.state_last += part.state_last;
+}
+
+template <typename Real>
+void run(const TrackCall& call, int threads) {
+  const TrackKernel<Real> kernel(call);
+  const std::int64_t chunks = (call.columns + kChunk - 1) / kChunk, pieces = call.rows * chunks;
+  if (call.rows * call.columns <= kSerialElements) threads = 1;
+  std::vector<TrackGram> parts(pieces);
+  const auto piece = [&](std::int64_t index) {
+    const std::int64_t row = index / chunks, begin = index % chunks * kChunk;
+    const std::int64_t size = std::min(kChunk, call.columns - begin);
+    parts[index] = kernel.products(kernel.parameters(row), kernel.memory(row), row, begin, size);
+  };
+  if (threads == 1) {
+    for (std::int64_t index = 0; index < pieces; ++index) piece(index);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t index = 0; index < pieces; ++index) piece(index);
+  }
+  for (std::int64_t row = 0; row < call.rows; ++row) {
+    TrackGram total;
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) add(total, parts[row * chunks + chunk]);
+    kernel.finish(kernel.parameters(row), kernel.memory(row), total, row);
+  }
+}
+
+}  // namespace
+
+void track_cpu(const TrackCall& call, int threads) {
+  if (call.rows <= 0 || call.columns <= 0) return;
+  threads = std::max(threads, 1);
+  call.in_double ? run<double>(call, threads) : run<float>(call, threads);
+}
+
+}  // namespace fastdensity
