@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.offline import MATRIX_INSTRUCTIONS, ROOMS, TARGETS, Resources, measure_all
 from fastdensity.reference import track_rule
+from fastdensity.reference.track import MEMORY
 
 ROOT = Path(__file__).parent.parent
 CUDA_SOURCES = sorted(ROOT.glob("csrc/*.cu"))
@@ -163,7 +164,7 @@ def _kernels_of_the_loop_compiled() -> list[int]:
     counts = []
     for rows, columns, offset, value in ((4, 1024, 0, 0.5), (1, 1024, 0, 0.0), (3, 516, 0, 16.0), (3, 1024, 1, -1.0)):
         vector = torch.zeros(rows * columns + offset)[offset:].view(rows, columns)
-        memory, report, eps = torch.zeros(rows, 18).double(), torch.zeros(rows, 4).double(), torch.zeros(rows, columns)
+        memory, report, eps = torch.zeros(rows, len(MEMORY)).double(), torch.zeros(rows, 4).double(), torch.zeros(rows, columns)
         numbers = (*[value] * 6, torch.zeros(rows), *[value] * 7)
         operands = (vector, vector, None, vector, vector)
         (launch,) = plan("velocity", "direct", operands, numbers, memory, eps, report, memory).launches

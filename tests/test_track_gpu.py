@@ -34,7 +34,9 @@ def test_is_as_good_as_eager(kind, scheme):
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_memories_of_runs(scheme, steps):
     for seed in range(4):
-        call = random_call("velocity", scheme, columns=40, steps=steps, dtype=torch.float64, seed=seed, device="cuda")
+        call = random_call(
+            "velocity", scheme, rows=6, columns=40, steps=steps, dtype=torch.float64, seed=seed, device="cuda"
+        )
         assert_as_good_as_eager(call, *run(call))
 
 

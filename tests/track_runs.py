@@ -20,7 +20,7 @@ from fastdensity.reference.track import MEMORY, PARAMETERS, launch_torch
 EPSILON_OF = {torch.float64: 2.2e-16, torch.float32: 1.2e-7}
 # of the memory, in nats: sums of terms as large as h ||eps||^2, which all but cancel
 NATS = ("commanded_next", "realised_next", "mismatch", "skew", "commanded", "realised")
-SDE_ROW, LIMITED_ROW, FRESH_ROW = 1, 2, 3  # among four rows
+SDE_ROW, LIMITED_ROW, FRESH_ROW, STILL_ROW, TURNED_ROW = range(1, 6)  # where a batch has so many
 
 
 @dataclass
@@ -117,7 +117,8 @@ def random_call(
 ) -> Call:
     """The call after `steps` steps of a run; row SDE_ROW took noise, row LIMITED_ROW asks for much too much.
 
-    Row FRESH_ROW is fresh, its last vectors NaN. The state and the last one have `state_dtype`, or else `dtype`.
+    Row FRESH_ROW is fresh, its last vectors NaN; row STILL_ROW was here before; in row TURNED_ROW eps has turned away
+    from the last eps. The state and the last one have `state_dtype`, or else `dtype`.
     """
     data = _Gaussian(rows, columns, seed)
     index = torch.arange(rows)
@@ -154,6 +155,10 @@ def random_call(
     call = Call(kind, scheme, (x, prediction, None, last_x, last_eps), numbers, memory)
     if cfg:
         call = _with_cfg(call, data)
+    if rows > STILL_ROW and scheme != "corrector":
+        memory[STILL_ROW, 1], memory[STILL_ROW, 2] = memory[STILL_ROW, 3], memory[STILL_ROW, 4]
+    if rows > TURNED_ROW and last_eps is not None:
+        last_eps[TURNED_ROW] = 0.02 * last_eps[TURNED_ROW] + data.normal(columns)
     if rows > FRESH_ROW:
         call = _refreshed(call, FRESH_ROW)
     return _converted(call, dtype, state_dtype or dtype, device)

@@ -51,8 +51,8 @@ NEAREST = tl.constexpr(reference.NEAREST)
 # Where it is in `before`, in the order of `MEMORY`.
 (
     LAST_STEPS, LAST_ALPHA, LAST_SIGMA, LAST_ALPHA_END, LAST_SIGMA_END, LAST_SQ_NORM, LAST_RATE, LAST_ETA, LAST_NOISY,
-    LAST_COMMANDED_NEXT, LAST_REALISED_NEXT, LAST_LENGTH, LAST_MISMATCH, LAST_SKEW, LAST_RESPONSE, LAST_COMMANDED,
-    LAST_REALISED, LAST_LIMITED,
+    LAST_DRIFT_EPS, LAST_DRIFT_STATE, LAST_COMMANDED_NEXT, LAST_REALISED_NEXT, LAST_LENGTH, LAST_MISMATCH, LAST_SKEW,
+    LAST_RESPONSE, LAST_COMMANDED, LAST_REALISED, LAST_LIMITED,
 ) = (tl.constexpr(index) for index in range(len(MEMORY)))  # fmt: skip
 
 
@@ -171,7 +171,8 @@ def _advance(now, before, flags, known, guided, columns, SCHEME: tl.constexpr):
     trend = _pick(long, (rate - before[LAST_RATE]) / safe_h_last, 0.0)
     commanded = h * rate + 0.5 * h * h * trend
     ahead = long & (before[LAST_NOISY] == 0.0) & (now[TURN] > 0.0) & (now[NOISE_SCALE] == 0.0)
-    base, slope = _predict(now, ahead, known, SCHEME)
+    along_eps, along_state = _one_step_move(now)
+    base, slope = _predict(now, ahead, known, along_eps, along_state, SCHEME)
     wanted = commanded + deficit
     # the last step is taken with the error in mind that its like had, since nothing comes after to mend it
     error = tl.full((), 0.0, tl.float64)
@@ -196,6 +197,8 @@ def _advance(now, before, flags, known, guided, columns, SCHEME: tl.constexpr):
         _pick(guided, rate, 0.0),
         _pick(guided, eta, 0.0),
         (guided & (now[NOISE_SCALE] > 0.0)).to(tl.float64),
+        _pick(guided, eta * along_eps, 0.0),
+        _pick(guided, along_state, 0.0),
         _pick(guided, commanded, 0.0),
         _pick(guided, expected, 0.0),
         _pick(guided & known, h_last, 0.0),
@@ -212,16 +215,20 @@ def _advance(now, before, flags, known, guided, columns, SCHEME: tl.constexpr):
 @triton.jit
 def _measure(now, before, known):
     """(commanded, realised, miss, mismatch, skew): the books with the step that has just ended."""
-    h, move = now[H_LAST], now[MOVE]
+    h, square, square_last = now[H_LAST], now[SQUARE], now[SQUARE_LAST]
     long = known & (h > TINY_STEP)
     safe_h = _pick(long, h, 1.0)
     per_kappa = tl.where(long, h / _pick(long, now[KAPPA] - now[KAPPA_LAST], 1.0), -1.0 / now[KAPPA])
     noisy = before[LAST_NOISY] != 0.0
-    spread = now[SQUARE] - 2.0 * now[TURN] + now[SQUARE_LAST]
-    gain = 0.5 * per_kappa * (move + now[MOVE_LAST]) - 0.5 * h * (now[SQUARE] + now[SQUARE_LAST])
-    gain += _pick(noisy, h * spread / 6.0, 0.0)
+    move, move_last = now[MOVE], now[MOVE_LAST]
+    drift = before[LAST_DRIFT_EPS] * now[TURN] + before[LAST_DRIFT_STATE] * (now[STATE] - move)
+    drift_last = before[LAST_DRIFT_EPS] * square_last + before[LAST_DRIFT_STATE] * (now[STATE_LAST] - move_last)
+    drift, drift_last = tl.where(noisy, drift, move), tl.where(noisy, drift_last, move_last)
+    share = _pick(noisy, square - 2.0 * now[TURN] + square_last, 0.0)
+    gain = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (square + square_last - share)
+    gain -= 0.5 * (move + move_last - drift - drift_last) / now[KAPPA]
     smooth = long & (noisy == 0)
-    mismatch = _pick(smooth, now[SQUARE] + now[RATE] - per_kappa * move / safe_h, 0.0)
+    mismatch = _pick(smooth, square + now[RATE] - per_kappa * move / safe_h, 0.0)
     earlier = before[LAST_LENGTH]
     second = smooth & (earlier > TINY_STEP)
     uneven = (h * h - earlier * earlier) / _pick(second, earlier, 1.0)
@@ -270,7 +277,14 @@ def _extrapolate(now, ahead):
 
 
 @triton.jit
-def _predict(now, ahead, known, SCHEME: tl.constexpr):
+def _one_step_move(now):
+    """(u, v): a step without memory moves y = x / alpha by u eta eps + v y."""
+    alpha, end = _pick(now[ALPHA] > 0.0, now[ALPHA], 1.0), _pick(now[ALPHA_END] > 0.0, now[ALPHA_END], 1.0)
+    return (now[SIGMA_NEXT] - now[ALPHA_NEXT] * (now[SIGMA] / alpha)) / end, now[ALPHA_NEXT] / end - 1.0
+
+
+@triton.jit
+def _predict(now, ahead, known, u, v, SCHEME: tl.constexpr):
     """(base, slope): the step ahead gives base + slope eta nats over -div u."""
     h, square, turn = now[H], now[SQUARE], now[TURN]
     if SCHEME == "direct":
@@ -280,13 +294,8 @@ def _predict(now, ahead, known, SCHEME: tl.constexpr):
         lean = tl.full((), 0.0, tl.float64)
     a, c = along + lean * turn / square, -lean
     # the step's move of y is u eta eps + v y - w (last move + kappa_last eta_last last_eps)
-    kappa, step = now[KAPPA], now[KAPPA_END] - now[KAPPA]
-    safe_alpha = _pick(now[ALPHA] > 0.0, now[ALPHA], 1.0)
-    safe_end = _pick(now[ALPHA_END] > 0.0, now[ALPHA_END], 1.0)
-    carry = _pick(known, now[CARRY], 0.0)
-    u = (now[SIGMA_NEXT] - now[ALPHA_NEXT] * (now[SIGMA] / safe_alpha)) / safe_end * (1.0 + carry)
-    v = now[ALPHA_NEXT] / safe_end - 1.0
-    w = step * carry / kappa
+    step, carry = now[KAPPA_END] - now[KAPPA], _pick(known, now[CARRY], 0.0)
+    u, w = u * (1.0 + carry), step * carry / now[KAPPA]
     per_kappa = h / _pick(step != 0.0, step, 1.0)
     last = a * turn + c * now[SQUARE_LAST]
     rest = v * (a * now[STATE] + c * now[STATE_LAST])
@@ -345,6 +354,8 @@ def _correct(now, before, flags, guided, columns):
         before[LAST_RATE],
         before[LAST_ETA],
         before[LAST_NOISY],
+        before[LAST_DRIFT_EPS],
+        before[LAST_DRIFT_STATE],
         before[LAST_COMMANDED_NEXT],
         realised_next,
         before[LAST_LENGTH],

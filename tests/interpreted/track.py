@@ -12,6 +12,7 @@ from track_runs import FRESH_ROW, LIMITED_ROW, SDE_ROW, assert_as_good_as_eager,
 
 from fastdensity import rules
 from fastdensity.reference.track import MEMORY, PARAMETERS, SCHEMES
+from fastdensity.triton_kernels import track_rule
 from fastdensity.triton_kernels.track import launch_triton
 from fastdensity.triton_kernels.track_rule import shortening
 
@@ -25,7 +26,7 @@ SPECIAL = (
     *(("alpha", 0.0), ("sigma", 0.0), ("alpha_end", 0.0), ("sigma_end", 0.0), ("sigma_end", 9.0), ("alpha", -1.0)),
     *(("sigma", math.nan), ("alpha_end", math.inf), ("q", 0.0), ("q", 1.0), ("q", math.nan), ("shift", math.inf)),
     *(("repair", math.nan), ("cfg_scale", math.inf), ("noise_scale", -0.1), ("carry", math.nan)),
-    *(("alpha_next", math.inf), ("sigma_next", math.nan), ("steps", 0.0), ("memory", 0.5)),
+    *(("alpha_next", math.inf), ("sigma_next", math.nan), ("steps", 0.0), ("memory", 1.001)),
 )
 
 
@@ -35,6 +36,11 @@ def run(call, sizes=WHOLE, eps=None):
 
 def same_bits(left, right):
     return all(torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)) for one, other in zip(left, right, strict=True))
+
+
+def test_the_numbers_of_a_row_are_where_the_reference_has_them():
+    for names, prefix in ((PARAMETERS, ""), (MEMORY, "LAST_")):
+        assert [getattr(track_rule, prefix + name.upper()).value for name in names] == list(range(len(names)))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -50,7 +56,7 @@ def test_every_prediction_type(kind, scheme):
 def test_memories_of_runs(scheme, seed):
     """Of one step and of several, in float64: every branch of the rule to its last digits."""
     for steps in (1, 2, 6):
-        call = random_call("velocity", scheme, columns=40, steps=steps, dtype=torch.float64, cfg=seed == 0, seed=seed)
+        call = random_call("velocity", scheme, rows=6, columns=40, steps=steps, dtype=torch.float64, seed=seed)
         assert_as_good_as_eager(call, *run(call))
 
 
