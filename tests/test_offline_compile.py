@@ -164,7 +164,11 @@ def _kernels_of_the_loop_compiled() -> list[int]:
     counts = []
     for rows, columns, offset, value in ((4, 1024, 0, 0.5), (1, 1024, 0, 0.0), (3, 516, 0, 16.0), (3, 1024, 1, -1.0)):
         vector = torch.zeros(rows * columns + offset)[offset:].view(rows, columns)
-        memory, report, eps = torch.zeros(rows, len(MEMORY)).double(), torch.zeros(rows, 4).double(), torch.zeros(rows, columns)
+        memory, report, eps = (
+            torch.zeros(rows, len(MEMORY)).double(),
+            torch.zeros(rows, 4).double(),
+            torch.zeros(rows, columns),
+        )
         numbers = (*[value] * 6, torch.zeros(rows), *[value] * 7)
         operands = (vector, vector, None, vector, vector)
         (launch,) = plan("velocity", "direct", operands, numbers, memory, eps, report, memory).launches

@@ -1,4 +1,4 @@
-"""Calls of the closed loop with memories of real runs: guided samples of a Gaussian, which the float64 reference steered.
+"""Calls of the closed loop with memories of real runs: guided samples of a Gaussian, steered by the float64 reference.
 
 The contract is in fastdensity/reference/track.py. Rows of a batch differ in everything that may differ: their quantile,
 their place on the path, noise, and whether they are fresh.
@@ -134,14 +134,15 @@ def random_call(
             shift[LIMITED_ROW] = 30.0 * columns
         (alpha, sigma), lam = _place(lam), lam + 0.4 + 0.6 * data.random(rows)
         alpha_end, sigma_end = _place(lam)
-        numbers = (alpha, sigma, alpha_end, sigma_end, alpha_end, sigma_end, q, shift, zero, one, noise, 0.5, zero, zero)
+        step_to = (alpha_end * (1 - 0.1 * noise), sigma_end * (1 - 0.1 * noise))
+        numbers = (alpha, sigma, *step_to, alpha_end, sigma_end, q, shift, zero, one, noise, 0.5, zero, zero)
         prediction = data.prediction(kind, x, alpha, sigma)
         if step == steps:
             break
         eps, report, memory = reference.track(kind, early, (x, prediction, None, last_x, last_eps), numbers, memory)
         last_x, last_eps = x, eps
-        move = (sigma_end / alpha_end - sigma / alpha) * (1 + report[:, 0])
-        x = alpha_end[:, None] * (x / alpha[:, None] + move[:, None] * eps)
+        turn = (step_to[1] - step_to[0] * sigma / alpha) * (1 + report[:, 0])
+        x = (step_to[0] / alpha)[:, None] * x + turn[:, None] * eps
         x = x + (noise * sigma_end)[:, None] * data.normal(rows, columns)
     if scheme == "corrector":
         numbers = (*(alpha_end, sigma_end) * 3, q, shift, zero, one, zero, 0.5, zero, zero)

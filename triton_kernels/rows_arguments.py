@@ -40,9 +40,7 @@ def _quantile_term(q: float, columns: int) -> float:
     return math.sqrt(2.0 * columns) * _normal.inv_cdf(q) if 0.0 < q < 1.0 else math.nan
 
 
-def pack(
-    parameters: tuple[Parameter, ...], quantile: int, rows: int, columns: int
-) -> tuple[list[int | Tensor], int]:
+def pack(parameters: tuple[Parameter, ...], quantile: int, rows: int, columns: int) -> tuple[list[int | Tensor], int]:
     """What a kernel takes for each parameter, and the bits of those that are one per row.
 
     A float at position `quantile` becomes the term that it adds to `shift`, so that kernels need not find it.

@@ -28,7 +28,7 @@ from fastdensity.triton_kernels.rows import (
 from fastdensity.triton_kernels.rows_arguments import pack
 
 # Of a row, in the dtype of the arithmetic, that a program holds at a time: with five operands that is half of what the
-# row kernels take, for the same number of threads. Each of them repeats the decision, some 2,000 instructions.
+# row kernels take, for the same number of threads. Each of them repeats the decision, up to 3,000 instructions.
 TILE_BYTES = 8 * 1024
 BYTES_PER_THREAD = 64
 

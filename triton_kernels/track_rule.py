@@ -1,8 +1,8 @@
 """What the closed loop decides for a row, in Triton: the twin, function by function, of `reference.track_rule`.
 
 A program handles one row, so everything here is a float64 scalar, flags int32. What the reference keeps in dictionaries
-is in tuples here, read by the constants below: `now[ALPHA]`, `before[LAST_ALPHA]`. Constants never meet `tl.where` as they
-are, since Triton makes float32 of them there (see `_pick`), and stand to the right of an operator, where its
+is in tuples here, read by the constants below: `now[ALPHA]`, `before[LAST_ALPHA]`. Constants never meet `tl.where` as
+they are, since Triton makes float32 of them there (see `_pick`), and stand to the right of an operator, where its
 interpreter takes them for numbers.
 """
 

@@ -1,4 +1,4 @@
-"""The closed loop's Triton kernel in Triton's interpreter; run by tests/test_track_triton.py with TRITON_INTERPRET=1."""
+"""The closed loop in Triton's interpreter; run by tests/test_track_triton.py with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from track_runs import FRESH_ROW, LIMITED_ROW, SDE_ROW, assert_as_good_as_eager, launch, random_call
+from track_runs import FRESH_ROW, SDE_ROW, assert_as_good_as_eager, launch, random_call
 
 from fastdensity import rules
 from fastdensity.reference.track import MEMORY, PARAMETERS, SCHEMES
