@@ -43,9 +43,9 @@ def slip(flow: fd.GaussianMixture, latents: Tensor, levels: Tensor, **options: A
 def deterministic() -> None:
     guidances: dict[str, fd.DensityGuidance | None] = {
         "none": None,
-        "q = 0.4": fd.DensityGuidance(0.4),
-        "b = -1": fd.DensityGuidance(b=lambda x, lam: -1.0),
-        "b = -lam/5 + sin(sum x)": fd.DensityGuidance(b=lambda x, lam: torch.sin(x.sum(1)) - 0.2 * lam),
+        "q = 0.4": fd.DensityGuidance(0.4, track=False),
+        "b = -1": fd.DensityGuidance(b=lambda x, lam: -1.0, track=False),
+        "b = -lam/5 + sin(sum x)": fd.DensityGuidance(b=lambda x, lam: torch.sin(x.sum(1)) - 0.2 * lam, track=False),
     }
     print("ODE: largest |tracked - true| log p of 16 samples, nats (network evaluations)")
     for name, guidance in guidances.items():
@@ -66,7 +66,9 @@ def stochastic() -> None:
     print(f"SDE: tracked - true log p of {ROWS} samples, nats: mean, standard error of the mean, rms; euler")
     cases: dict[str, Callable[[], Any]] = {
         "reverse diffusion": fd.ReverseDiffusion,
-        "b = -1, phi_rel 0.5": lambda: fd.StochasticDensityGuidance(b=lambda x, lam: -1.0, noise=lambda lam: 0.5),
+        "b = -1, phi_rel 0.5": lambda: fd.StochasticDensityGuidance(
+            b=lambda x, lam: -1.0, noise=lambda lam: 0.5, track=False
+        ),
     }
     for name, make in cases.items():
         for dimension in (5, 24):

@@ -33,6 +33,8 @@ from fastdensity.cli_options import (
 from fastdensity.experiment import Finished
 from fastdensity.solvers import SOLVERS
 
+MEANS = "means over the samples; nats, and PNG bytes for detail; commanded: beyond what the flow itself does to log p"
+
 app = typer.Typer(
     help="Density-guided sampling of flow and diffusion models.",
     no_args_is_help=True,
@@ -157,16 +159,20 @@ def _sample_all(
 
 def _print_table(finished: list[Finished], folder: Path) -> None:
     rows = [result.summary() for result in finished]
-    table = Table("q", "mean log p (nats)", "detail (PNG bytes)", "samples / s")
+    table = Table("q", "log p", "detail", "commanded", "realised", "residual", "samples/s", caption=MEANS)
     for column in table.columns:
         column.justify = "right"
     for row in rows:
-        means = ("diverged" if row[key] is None else f"{row[key]:.2f}" for key in ("mean_log_prob", "mean_detail"))
-        table.add_row(str(row["q"]), *means, f"{row['samples_per_second']:.1f}")
+        keys = ("log_prob", "detail", "commanded", "realised", "residual")
+        means = [row[f"mean_{key}"] for key in keys]
+        cells = ("diverged" if mean is None else f"{mean + 0.0:.2f}" for mean in means)
+        table.add_row(str(row["q"]), *cells, f"{row['samples_per_second']:.1f}")
     Console().print(table)
     for row in rows:
         if row["flagged"]:
             typer.echo(f"q = {row['q']}: {row['flagged']} samples were not guided as asked; see flags in the npz")
+        if row["limited"]:
+            typer.echo(f"q = {row['q']}: {row['limited']} samples were to go further than a step can; see residual")
     typer.echo(f"written to {folder}: samples.png density.png samples.npz summary.json and an npz for each q")
 
 

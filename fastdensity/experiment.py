@@ -25,6 +25,7 @@ from fastdensity.flow import Flow
 from fastdensity.guidance import DensityGuidance
 from fastdensity.ops.rows_prior import scale_prior
 from fastdensity.reference.philox import normals
+from fastdensity.rules import FLAG_LIMITED
 from fastdensity.sampling import sample
 
 BLOCK = 16  # samples computed at once, always: what is computed for sample i is the same whatever n is
@@ -36,7 +37,7 @@ class Finished:
     """All samples of one q.
 
     x (n, 1, 8, 8) is the state at the end of the path and images (n, 8, 8) the digits in it, x / alpha; log_prob and
-    std_err (n,) in nats, detail (n,) in PNG bytes, flags (n,) as in `fastdensity.SampleResult`.
+    std_err (n,) in nats, detail (n,) in PNG bytes, flags, commanded and realised (n,) as in `fastdensity.SampleResult`.
     """
 
     q: float
@@ -46,21 +47,28 @@ class Finished:
     std_err: Tensor
     detail: Tensor
     flags: Tensor
+    commanded: Tensor
+    realised: Tensor
     seconds: float
 
     def arrays(self) -> dict[str, Any]:
         """What goes into an npz."""
-        names = ("x", "images", "log_prob", "std_err", "detail", "flags")
+        names = ("x", "images", "log_prob", "std_err", "detail", "flags", "commanded", "realised")
         return {"q": numpy.float64(self.q), **{name: getattr(self, name).numpy() for name in names}}
 
     def summary(self) -> dict[str, Any]:
-        """Means over the samples, None where a sample diverged; flagged counts those not guided as asked."""
+        """Means over the samples, None where a sample diverged; flagged counts those not guided as asked, limited those
+        that were to go further than a step can."""
         return {
             "q": self.q,
             "mean_log_prob": _number(self.log_prob.mean()),
             "mean_detail": _number(self.detail.mean()),
             "samples_per_second": len(self.x) / self.seconds,
-            "flagged": int((self.flags != 0).sum()),
+            "mean_commanded": _number(self.commanded.mean()),
+            "mean_realised": _number(self.realised.mean()),
+            "mean_residual": _number((self.commanded - self.realised).mean()),
+            "flagged": int((self.flags & ~FLAG_LIMITED != 0).sum()),
+            "limited": int((self.flags & FLAG_LIMITED != 0).sum()),
         }
 
 
@@ -94,12 +102,16 @@ def sample_digits(
         )
         assert result.log_prob is not None
         assert result.std_err is not None
-        parts.append([v[:count].cpu() for v in (result.x, result.log_prob, result.std_err, result.flags)])
-    x, log_prob, std_err, flags = (torch.cat(part) for part in zip(*parts, strict=True))
+        assert result.commanded is not None
+        assert result.realised is not None
+        kept = (result.x, result.log_prob, result.std_err, result.flags, result.commanded, result.realised)
+        parts.append([values[:count].cpu() for values in kept])
+    x, log_prob, std_err, flags, commanded, realised = (torch.cat(part) for part in zip(*parts, strict=True))
     images = x[:, 0] / float(flow.schedule.alpha(float(grid[-1])))
     seconds = time.perf_counter() - started
     detail = [figures.png_bytes(image, LEVELS) if image.isfinite().all() else math.nan for image in images]
-    return Finished(q, x, images, log_prob, std_err, torch.tensor(detail).double(), flags, seconds)
+    found = torch.tensor(detail).double()
+    return Finished(q, x, images, log_prob, std_err, found, flags, commanded, realised, seconds)
 
 
 def keep(folder: Path, finished: list[Finished], result: Finished) -> None:

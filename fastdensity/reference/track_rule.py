@@ -237,7 +237,8 @@ def _predict(now: Numbers, ahead: Tensor, known: Tensor, u: Tensor, v: Tensor) -
         size = torch.exp(0.5 * fall * (node * h))
         cos = torch.exp(log_cosine * (node * h / h_last) ** 2)
         along = along + weight * size * cos
-        across = across + weight * size * torch.sqrt((1.0 - cos * cos).clamp_min(0.0))
+        sine = 1.0 - cos * cos  # squared; a root at 0 has no derivative
+        across = across + weight * size * torch.where(sine > 0, torch.sqrt(torch.where(sine > 0, sine, one)), zero)
         mean_square = mean_square + weight * size * size
     normal = square_last - turn * turn / square  # of (turn / square) eps - last_eps, squared
     turns = ahead & (normal > 1e-12 * square_last)
