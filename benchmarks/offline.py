@@ -33,7 +33,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 # what multiplies matrices of 16-bit numbers there
 MATRIX_INSTRUCTIONS = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCHMMA", "HMMA"), "gfx942": ("MFMA",)}
 # room -> the module that lists its variants: `cases(target, brief)`, the rooms' cases in a row where it lists several
-ROOMS = {"rows": "benchmarks.offline_rows", "probe": "benchmarks.offline_probe"} | dict.fromkeys(
+OWN_LISTS = {room: f"benchmarks.offline_{room}" for room in ("rows", "probe", "track")}
+ROOMS = OWN_LISTS | dict.fromkeys(
     ("dual_conv", "dual_chain", "dual_linear", "dual_norm", "dual_softmax", "dual_attention", "trace_linear"),
     "benchmarks.offline_dual_lists",
 )

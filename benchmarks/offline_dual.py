@@ -20,6 +20,7 @@ DEVICE_QUESTIONS: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "dual_chain": lambda module, target: {"WARPS": 2 if _is_amd(target) else 4},
     "dual_linear": lambda module, target: {"plan": partial(module.plan, most_stages=2 if _is_amd(target) else 3)},
     "dual_norm": lambda module, target: {"plan": partial(module.plan, warp=TARGETS[target][2])},
+    "track": lambda module, target: {"WARP": TARGETS[target][2]},
     "trace_linear": lambda module, target: {
         name: partial(getattr(module, name), most_stages=2 if _is_amd(target) else 3)
         for name in ("probe_plan", "form_plan")

@@ -6,10 +6,12 @@ compile. nvcc compiles the CUDA sources where it is installed.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import re
 import shutil
+import struct
 import subprocess
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -19,6 +21,8 @@ import pytest
 import torch
 
 from benchmarks.offline import MATRIX_INSTRUCTIONS, ROOMS, TARGETS, Resources, measure_all
+from fastdensity.reference import track_rule
+from fastdensity.reference.track import MEMORY
 
 ROOT = Path(__file__).parent.parent
 CUDA_SOURCES = sorted(ROOT.glob("csrc/*.cu"))
@@ -27,6 +31,7 @@ CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100a")
 KERNELS = {
     "rows": {"whole_rows", "partial_sums", "finish_rows"},
     "probe": {"choose_rows", "sum_probes", "finish_forms", "write_probes"},
+    "track": {"track_rows"},
     "dual_conv": {"conv_tiles", "conv_pixels"},
     "dual_chain": {"chain_tiles"},
     "dual_linear": {"linear_tiles"},
@@ -147,11 +152,64 @@ def _kernels_compiled() -> list[int]:
     return counts
 
 
+def _kernels_of_the_loop_compiled() -> list[int]:
+    """The same for the closed loop, its parameters floats or of each row."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton.runtime import driver
+
+    from benchmarks import offline
+    from fastdensity.triton_kernels.track import plan
+
+    driver.set_active(offline._driver("sm_90"))
+    counts = []
+    for rows, columns, offset, value in ((4, 1024, 0, 0.5), (1, 1024, 0, 0.0), (3, 516, 0, 16.0), (3, 1024, 1, -1.0)):
+        vector = torch.zeros(rows * columns + offset)[offset:].view(rows, columns)
+        memory, report, eps = (
+            torch.zeros(rows, len(MEMORY)).double(),
+            torch.zeros(rows, 4).double(),
+            torch.zeros(rows, columns),
+        )
+        numbers = (*[value] * 6, torch.zeros(rows), *[value] * 7)
+        operands = (vector, vector, None, vector, vector)
+        (launch,) = plan("velocity", "direct", operands, numbers, memory, eps, report, memory).launches
+        launch.kernel.run(*launch.arguments, grid=(launch.grid,), warmup=True, **launch.constants)
+        counts.append(sum(len(caches[0]) for caches in launch.kernel.device_caches.values()))
+    return counts
+
+
 @needs_triton
-def test_one_kernel_serves_all_values_batches_and_alignments():
+@pytest.mark.parametrize("compiled", [_kernels_compiled, _kernels_of_the_loop_compiled])
+def test_one_kernel_serves_all_values_batches_and_alignments(compiled):
     """A value that Triton specialised on would compile again; another kernel could also round another way."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(_kernels_compiled).result() == [1, 1, 1, 1]
+        assert pool.submit(compiled).result() == [1, 1, 1, 1]
+
+
+def _constants_of_the_loop() -> set[float]:
+    """The float64 numbers in the code of the closed loop's kernel, as the front end of Triton leaves them."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    from benchmarks import offline
+
+    found: set[float] = set()
+    for case in offline.cases("track", "sm_90"):
+        for launch in case.launches("sm_90"):
+            code = offline._compile(launch, "sm_90").asm["ttir"]
+            for text in re.findall(r"arith\.constant (\S+) : f64", code):
+                found.add(struct.unpack(">d", bytes.fromhex(text[2:]))[0] if text.startswith("0x") else float(text))
+    return found
+
+
+@needs_triton
+def test_the_loops_numbers_are_float64():
+    """Triton makes float32 of a number that meets `tl.where` or `tl.maximum`; its interpreter does not."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(_constants_of_the_loop).result()
+    rule = track_rule
+    expected = {*rule.NODES, *rule.WEIGHTS, rule.TINY_STEP, rule.SAME_PLACE, rule.LEAST_COSINE, rule.FASTEST_FALL}
+    expected |= {rule.SHORTEST, rule.NEAREST, 1e-3, 1e-12, 1.0 / 3.0}
+    assert expected <= found
+    rounded = {number for number in found if number == float(torch.tensor(number).float())}
+    assert {number for number in rounded if number * 1024 % 1 != 0 and number != math.inf} == set()
 
 
 @pytest.fixture(scope="module")

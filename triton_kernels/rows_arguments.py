@@ -1,4 +1,4 @@
-"""The numbers of a rule as Triton takes them: exact in float64, and never a reason to compile again.
+"""The numbers of a call as Triton takes them: exact in float64, and never a reason to compile again.
 
 Triton types a Python float as float32 and specialises on integers. A float therefore travels as its float64 bit
 pattern in an int64, and is turned back by `fastdensity.triton_kernels.rows_scalars.row_number`.
@@ -40,15 +40,20 @@ def _quantile_term(q: float, columns: int) -> float:
     return math.sqrt(2.0 * columns) * _normal.inv_cdf(q) if 0.0 < q < 1.0 else math.nan
 
 
-def pack_numbers(rule: str, parameters: tuple[Parameter, ...], rows: int, columns: int) -> tuple[list[Any], int]:
-    """The ten numbers of a kernel (None where the rule has fewer), and the bits of those that are one per row.
+def pack(parameters: tuple[Parameter, ...], quantile: int, rows: int, columns: int) -> tuple[list[int | Tensor], int]:
+    """What a kernel takes for each parameter, and the bits of those that are one per row.
 
-    A float q becomes the term that it adds to `shift`, so that kernels need not find a quantile for it.
+    A float at position `quantile` becomes the term that it adds to `shift`, so that kernels need not find it.
     """
     pairs = []
     for index, parameter in enumerate(parameters):
-        if index == QUANTILE and not isinstance(parameter, Tensor):
+        if index == quantile and not isinstance(parameter, Tensor):
             parameter = _quantile_term(parameter, columns)
         pairs.append(_number(parameter, rows))
-    padding = [None] * (len(NUMBERS) - len(pairs))
-    return [number for number, _ in pairs] + padding, sum(per_row << index for index, (_, per_row) in enumerate(pairs))
+    return [number for number, _ in pairs], sum(per_row << index for index, (_, per_row) in enumerate(pairs))
+
+
+def pack_numbers(rule: str, parameters: tuple[Parameter, ...], rows: int, columns: int) -> tuple[list[Any], int]:
+    """The ten numbers of a row kernel (None where the rule has fewer), and the bits of those that are one per row."""
+    numbers, per_row = pack(parameters, QUANTILE, rows, columns)
+    return [*numbers, *[None] * (len(NUMBERS) - len(numbers))], per_row

@@ -131,9 +131,9 @@ def direction(numbers, row, KIND: tl.constexpr, PER_ROW: tl.constexpr):
 
 
 @triton.jit
-def _quantile_term(q, row, columns, PER_ROW: tl.constexpr):
+def quantile_term(q, row, columns, INDEX: tl.constexpr, PER_ROW: tl.constexpr):
     """sqrt(2 D) ndtri(q), NaN for q outside (0, 1). Of a float q the host has made this number already."""
-    number = row_number(q, row, 4, PER_ROW)
+    number = row_number(q, row, INDEX, PER_ROW)
     if q.dtype.is_ptr():
         inside = (number > 0.0) & (number < 1.0)
         term = tl.sqrt(2.0 * columns.to(tl.float64)) * quantile_of_normal(tl.where(inside, number, 0.5))
@@ -168,7 +168,7 @@ def _guided_coefficients(
 ):
     alpha, sigma, sigma_data, edm_norm = path(numbers, row, KIND, PER_ROW)
     along_x, along_p, scale = direction(numbers, row, KIND, PER_ROW)
-    total = row_number(numbers[5], row, 5, PER_ROW) + _quantile_term(numbers[4], row, columns, PER_ROW)
+    total = row_number(numbers[5], row, 5, PER_ROW) + quantile_term(numbers[4], row, columns, 4, PER_ROW)
     gain = row_number(numbers[6], row, 6, PER_ROW)
     noise_scale = row_number(numbers[8], row, 8, PER_ROW)
     flags = _norm_flags(norm) | _end_flags(alpha) | _end_flags(sigma) | _not_finite_flag(total)
