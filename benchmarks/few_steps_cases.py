@@ -140,13 +140,20 @@ class Problem:
         return alpha**2 * self.flow.variances + sigma**2
 
     def _fine_end(self, q: float) -> Tensor:
-        """By `fine` short steps of a second-order solver; `changes` keeps what half as many would have changed."""
+        """By `fine` steps of equal length in lam, of second order; `changes` keeps what half as many would change."""
         guidance = fd.DensityGuidance(q, track=False)
         if not isinstance(self.flow, fd.GaussianMixture):
             options: dict[str, Any] = {"solver": "dopri5", "rtol": 1e-6, "atol": 1e-6}
             return fd.sample(self.flow, self.latents, self.path.grid(1), guidance=guidance, **options).x
+        first, last = self.path.grid(1).tolist()
         coarse, fine = (
-            fd.sample(self.flow, self.latents, self.path.grid(steps), FINE_SOLVER, guidance).x
+            fd.sample(
+                self.flow,
+                self.latents,
+                torch.linspace(first, last, steps + 1, dtype=torch.float64),
+                FINE_SOLVER,
+                guidance,
+            ).x
             for steps in (self.fine // 2, self.fine)
         )
         self.changes[q] = float((coarse - fine).norm() / fine.norm())

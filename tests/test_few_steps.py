@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,13 @@ from benchmarks import few_steps, few_steps_cases, few_steps_report
 from benchmarks.few_steps_cases import ISOTROPIC, MIXTURE, PATHS, SPREAD, Problem, problem
 
 BOUNDS = {(path, steps): bound for path, steps, bound in few_steps_report.FIRST_ORDER_BOUNDS}
+# Targets of DPM-Solver++(2M) at 20 steps that are missed; strict, so that reaching one shows up.
+VP_NAME, _, RECTIFIED_NAME = (path.name for path in PATHS)
+MISSED = {
+    *((SPREAD, RECTIFIED_NAME, q) for q in (0.5, 0.6)),
+    *((ISOTROPIC, RECTIFIED_NAME, q) for q in (0.3, 0.5, 0.6)),
+    (ISOTROPIC, VP_NAME, 0.3),
+}
 WANTED = [
     (path, steps, solver)
     for path in PATHS
@@ -33,9 +43,14 @@ def errors(found: Problem, solver: str, steps: int, q: float) -> tuple[float, fl
     return tuple(float("inf") if error is None else error for error in guided)
 
 
-@pytest.mark.parametrize("q", [0.3, 0.5, 0.6])
-@pytest.mark.parametrize(("path", "steps", "solver"), WANTED, ids=lambda v: v.name if hasattr(v, "name") else str(v))
-@pytest.mark.parametrize("name", [SPREAD, ISOTROPIC])
+def wanted_cases() -> Iterator[Any]:
+    for name, (path, steps, solver), q in product((SPREAD, ISOTROPIC), WANTED, (0.3, 0.5, 0.6)):
+        missed = solver == "dpmpp_2m" and (name, path.name, q) in MISSED
+        marks = [pytest.mark.xfail(strict=True, reason="target missed, docs/few-steps.md")] if missed else []
+        yield pytest.param(name, path, steps, solver, q, marks=marks, id=f"{name}; {path.name}; {solver} {steps}, {q}")
+
+
+@pytest.mark.parametrize(("name", "path", "steps", "solver", "q"), wanted_cases())
 def test_log_prob_comes_out_as_commanded(
     name: str, path: few_steps_cases.Path, steps: int, solver: str, q: float
 ) -> None:
@@ -54,8 +69,8 @@ def test_a_gaussian_s_guided_flow_is_known(path: few_steps_cases.Path) -> None:
     exact = found.gaussian_end()
     assert exact is not None
     fine = found._fine_end(0.5)
-    torch.testing.assert_close(fine, exact, rtol=0, atol=2e-3)
-    torch.testing.assert_close(found.log_prob(found._fine_end(0.4)), found.end_log_prob(0.4), rtol=0, atol=0.05)
+    torch.testing.assert_close(fine, exact, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.log_prob(found._fine_end(0.4)), found.end_log_prob(0.4), rtol=0, atol=0.01)
 
 
 def test_grids_increase_from_noise_to_data() -> None:
