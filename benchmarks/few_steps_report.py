@@ -111,9 +111,12 @@ def print_targets(records: list[Record]) -> None:
     print(
         f"\nsample no worse than plain (to {SAMPLE_MARGIN:g} of its norm): {len(records) - len(worse)}/{len(records)}"
     )
-    for r in worse:
-        errors = (f"{worst([r], form, 'sample_error'):.3g}" for form in ("plain", "tracked"))
-        print(f"  MISSED {r['target']}; {r['path']}; {r['solver']} {r['steps']}, q = {r['q']}: {' > '.join(errors)}")
+    for target, path, solver, steps in distinct(worse, "target", "path", "solver", "steps"):
+        cells = [
+            f"q = {r['q']}: {worst([r], 'plain', 'sample_error'):.2g} > {worst([r], 'tracked', 'sample_error'):.2g}"
+            for r in pick(worse, target=target, path=path, solver=solver, steps=steps)
+        ]
+        print(f"  MISSED {target}; {path}; {solver} {steps}: {', '.join(cells)}")
     compared = [r["reference_change"] for r in records if r["reference_change"] is not None]
     if compared:
         print(f"half as many steps change the references by {max(compared):.1g} of their norm at most")
@@ -149,10 +152,23 @@ def picture(path: Path, records: list[Record]) -> None:
         for axes in panels[-1]:
             axes.set_xlabel("steps")
         forms = [Line2D([], [], color=colour, linewidth=2.5, label=label) for _, colour, label in FORM_STYLES]
-        shown = [style for style in TARGET_STYLES if pick(records, target=style[0])]
-        kinds = [Line2D([], [], color="0.3", linestyle=s, marker=m, markersize=4, label=t) for t, s, m in shown]
-        figure.legend(handles=forms + kinds, loc="outside lower center", ncols=3, frameon=False)
-        figure.suptitle("How far log p of a sample is from where guidance was to take it (worst of q = 0.3 to 0.6)")
+        forms.append(Line2D([], [], color="0.6", linewidth=0.8, label="one nat"))
+        kinds = [
+            Line2D([], [], color="0.3", linestyle=style, marker=marker, markersize=4, label=legend(target, records))
+            for target, style, marker in TARGET_STYLES
+            if pick(records, target=target)
+        ]
+        figure.legend(handles=forms, loc="outside lower left", frameon=False)
+        figure.legend(handles=kinds, loc="outside lower right", ncols=1, frameon=False)
+        figure.suptitle(
+            "How far log p of a sample ends from where guidance was to take it: mean over samples, at the worst q"
+        )
+
+
+def legend(target: str, records: list[Record]) -> str:
+    """With the quantiles that were tried."""
+    tried = ", ".join(f"{q:g}" for (q,) in sorted(distinct(pick(records, target=target), "q")))
+    return f"{target} (worst of q = {tried})" if "," in tried else f"{target} (q = {tried})"
 
 
 def draw(axes: Any, records: list[Record]) -> None:

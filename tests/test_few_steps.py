@@ -50,7 +50,7 @@ def wanted_cases() -> Iterator[Any]:
         yield pytest.param(name, path, steps, solver, q, marks=marks, id=f"{name}; {path.name}; {solver} {steps}, {q}")
 
 
-@pytest.mark.parametrize(("name", "path", "steps", "solver", "q"), wanted_cases())
+@pytest.mark.parametrize(("name", "path", "steps", "solver", "q"), list(wanted_cases()))
 def test_log_prob_comes_out_as_commanded(
     name: str, path: few_steps_cases.Path, steps: int, solver: str, q: float
 ) -> None:
