@@ -266,6 +266,22 @@ void dual_narrow_attention_entry(OperandArgument query, OperandArgument key, Ope
   dual_narrow_attention_cpu(call, threads);
 }
 
+using Pair = std::tuple<std::int64_t, std::int64_t>;  // height first
+
+void dual_conv_entry(std::int64_t x, std::int64_t weight, std::int64_t bias, std::int64_t out, int dtype,
+                     std::int64_t images, std::int64_t biased, std::int64_t channels, std::int64_t outputs, Pair size,
+                     Pair out_size, Pair window, Pair stride, Pair padding, Pair dilation, int threads) {
+  DualConvCall call;
+  call.x = address(x), call.weight = address(weight), call.bias = address(bias), call.out = writable(out);
+  call.dtype = data_type(dtype), call.images = images, call.biased = biased;
+  call.channels = channels, call.outputs = outputs;
+  std::tie(call.height, call.width) = size, std::tie(call.out_height, call.out_width) = out_size;
+  std::tie(call.window[0], call.window[1]) = window, std::tie(call.stride[0], call.stride[1]) = stride;
+  std::tie(call.padding[0], call.padding[1]) = padding, std::tie(call.dilation[0], call.dilation[1]) = dilation;
+  nb::gil_scoped_release release;
+  dual_conv_cpu(call, threads);
+}
+
 // (address, elements from one row to the next, rows of x that share one)
 using ModulationArgument = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
@@ -424,6 +440,7 @@ NB_MODULE(_native, m) {
   m.def("dual_softmax_cpu", &dual_softmax_entry);
   m.def("dual_attention_cpu", &dual_attention_entry);
   m.def("dual_narrow_attention_cpu", &dual_narrow_attention_entry);
+  m.def("dual_conv_cpu", &dual_conv_entry);
   m.def("dual_row_norm_cpu", &dual_row_norm_entry);
   m.def("dual_group_norm_cpu", &dual_group_norm_entry);
   m.def("dual_chain_cpu", &dual_chain_entry);

@@ -181,6 +181,17 @@ struct NarrowAttentionCall {
 };
 void dual_narrow_attention_cpu(const NarrowAttentionCall& call, int threads);
 
+// Many small images, dense (images, channels, height, width), convolved with a dense weight (outputs, channels, window);
+// the first `biased` results get the bias, where there is one. No size is 0.
+struct DualConvCall {
+  const void *x = nullptr, *weight = nullptr, *bias = nullptr;
+  void* out = nullptr;
+  DataType dtype = DataType::float32;  // or float64
+  std::int64_t images = 0, biased = 0, channels = 0, height = 0, width = 0, outputs = 0, out_height = 0, out_width = 0;
+  std::int64_t window[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+};
+void dual_conv_cpu(const DualConvCall& call, int threads);
+
 // A chain of elementwise operations on duals: fastdensity/reference/dual_chain.py.
 struct ChainStep {
   int operation = 0;                // chain::Operation

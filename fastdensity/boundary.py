@@ -7,6 +7,7 @@ at without a synchronisation; those turn up in the per-row flags of a result ins
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -160,7 +161,7 @@ PLAIN, DERIVATIVE, OPERATOR = range(3)
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
-def route(arguments: tuple[Tensor | float | None, ...]) -> int:
+def route(arguments: Sequence[Tensor | float | None]) -> int:
     """How these must be computed: by a kernel, by the reference, or through torch's dispatcher.
 
     DERIVATIVE: torch wants a derivative of, or a transform over, one of them. Kernels know no derivative, and would

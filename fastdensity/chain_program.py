@@ -119,10 +119,23 @@ def result_shape(inputs: list[Tensor], is_dual: list[bool]) -> tuple[int, ...]:
         lead = tensor.shape[0] if dual else lead
     assert lead is not None  # `parse` has seen a dual
     shapes = [tensor.shape[1:] if dual else tensor.shape for tensor, dual in zip(inputs, is_dual, strict=True)]
-    if all(shape == shapes[0] for shape in shapes):  # asking torch costs as much as a small chain
+    if all(shape == shapes[0] for shape in shapes):
         return (lead, *shapes[0])
-    try:
-        return (lead, *torch.broadcast_shapes(*shapes))
-    except RuntimeError:
+    sizes = _broadcast(shapes)
+    if sizes is None:
         listed = ", ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"inputs must broadcast against each other, got shapes {listed} (without tangents)") from None
+        raise ValueError(f"inputs must broadcast against each other, got shapes {listed} (without tangents)")
+    return (lead, *sizes)
+
+
+def _broadcast(shapes: list[torch.Size]) -> list[int] | None:
+    """What torch.broadcast_shapes says, which takes as long as a small chain; None where they do not fit together."""
+    rank = max(map(len, shapes))
+    found: list[int] = [1] * rank
+    for shape in shapes:
+        for position, size in enumerate(shape, rank - len(shape)):
+            if found[position] == 1:
+                found[position] = size
+            elif size not in (1, found[position]):
+                return None
+    return found

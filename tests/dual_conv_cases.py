@@ -43,6 +43,10 @@ GEOMETRIES = (
     Geometry(channels=6, outputs=6, groups=6),
     Geometry(channels=4, outputs=8, groups=4, stride=(2, 2)),
     Geometry(window=(7, 6), padding=(0, 0)),
+    Geometry(5, 7, window=(5, 3), padding=(2, 1), size=(3, 8)),  # strips of eight pixels, borders of two rows
+    Geometry(3, 8, padding=(1, 1), size=(5, 4)),  # strips of four that fill a row
+    Geometry(9, 13, size=(8, 8)),  # Winograd's tiles, outputs that are no multiple of those taken together
+    Geometry(8, 10, padding=(0, 2), size=(8, 10)),  # tiles that are no multiple of four
 )
 
 

@@ -64,14 +64,44 @@ def test_sizes_of_a_network(window):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_does_not_depend_on_the_batch(dtype):
-    for geometry in (Geometry(size=(8, 8)), Geometry(16, 8, (1, 1), padding=(0, 0)), Geometry(6, 6, groups=6)):
+    sizes = (Geometry(size=(8, 8)), Geometry(16, 8, size=(4, 4)), Geometry(16, 8, (1, 1), padding=(0, 0)))
+    for geometry in (*sizes, Geometry(6, 6, groups=6)):
         arguments = random_arguments(geometry, dtype, batch=11)
         whole = dual_conv2d(*arguments)
         for first, count in ((0, 1), (4, 3), (10, 1)):
             part = dual_conv2d(arguments[0][:, first : first + count], *arguments[1:])
-            # whether to the bit is for torch's convolution to say, which picks an algorithm by the batch
+            if geometry.groups == 1 and dtype in (torch.float32, torch.float64):  # the kernels for small images
+                assert torch.equal(part, whole[:, first : first + count])
+            # else it is for torch's convolution to say, which picks an algorithm by the batch
             tolerance = 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(part, whole[:, first : first + count], rtol=tolerance, atol=8 * tolerance)
+
+
+@pytest.mark.parametrize("geometry", [Geometry(16, 20, size=(8, 8)), Geometry(5, 20, size=(8, 7))], ids=str)
+def test_threads_share_images_or_outputs(geometry):
+    """More threads than groups of images: channels of the result are cut, and no bit shows it."""
+    for batch in (3, 40):
+        arguments = random_arguments(geometry, tangents=1, batch=batch)
+        threads, found = torch.get_num_threads(), []
+        try:
+            for number in (1, 2, 3, 16):
+                torch.set_num_threads(number)
+                found.append(dual_conv2d(*arguments))
+        finally:
+            torch.set_num_threads(threads)
+        assert_as_good_as_eager(arguments, found[0])
+        assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_zeros_of_a_tile_stay_zeros():
+    """Winograd's sums of a pixel alone: where nothing reaches a tile, exact zeros; next to it at most roundings."""
+    x, weight = torch.zeros(2, 1, 8, 8, 8), torch.randn(8, 8, 3, 3)
+    x[:, :, 0, 1, 1] = 1.0
+    y = dual_conv2d(x, weight, None, [1, 1], [1, 1], [1, 1], 1, "none")
+    assert not y[..., 4:, :].any()
+    assert not y[..., 4:].any()
+    expected = torch.nn.functional.conv2d(x[0], weight, padding=1)
+    torch.testing.assert_close(y[0], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_silu_over_the_whole_range():

@@ -23,6 +23,7 @@ from fastdensity.dual.functional import line_of, make_functional
 from fastdensity.dual.nested import NestedDual, NestedJvpError, end_outer_trace, inside_trace
 from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
+from fastdensity.dual.replay import Replay, sizes_follow
 from fastdensity.dual.rewrite import dependents, rewrite
 from fastdensity.dual.tracing import Traced, trace
 from fastdensity.dual.watch import Watch
@@ -51,6 +52,7 @@ class Dual:
         _warn_of_dropout(self.traced.graph)
         _warn_of_detach(self.traced)
         self.graph, self.records = rewrite(self.traced)
+        self.replay = Replay(self.graph, sizes_follow(self.traced))
         self.watch = Watch(captured.modules, captured.objects)
         self.captured = captured  # keeps what the key names alive
         self.device_type = primals[0].device.type
@@ -60,10 +62,14 @@ class Dual:
         self, fn: Callable[..., Any], primals: tuple[Any, ...], vectors: Tensor, tensors: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The graph on these arguments. `tensors`: what fn closes over."""
-        return self.call(self.graph, primals, vectors, tensors)
+        return self.call(self.replay, primals, vectors, tensors)
 
     def call(
-        self, graph: fx.GraphModule, primals: tuple[Any, ...], directions: Any, tensors: list[Tensor]
+        self,
+        graph: Callable[..., tuple[Tensor, Tensor]],
+        primals: tuple[Any, ...],
+        directions: Any,
+        tensors: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """A graph of this function; what autocast did is in it already."""
         if torch.is_autocast_enabled(self.device_type):

@@ -21,6 +21,7 @@ from fastdensity.boundary import DERIVATIVE, OPERATOR, route, wants_derivative
 
 _library = torch.library.Library("fastdensity", "FRAGMENT")
 _is_compiling = torch.compiler.is_compiling
+EMPTY_RESULTS: dict[str, Callable[..., Any]] = {}  # of each op by name, see `define`
 
 
 def define(
@@ -46,13 +47,19 @@ def define(
     returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     _library.define(f"{name}({schema}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.fastdensity, name)
+    EMPTY_RESULTS[name] = empty_result
 
-    def kernel(*arguments: Any) -> Any:
+    def launch(arguments: tuple[Any, ...], tensors: list[Tensor]) -> Any:
         out = empty_result(*arguments)
         first = out if results == 1 else out[0]
         if first.numel():
-            launcher(name, first.device.type, room)(*_resolved(arguments), *(out if results > 1 else (out,)))
+            if any([tensor.is_neg() for tensor in tensors]):  # noqa: C419  a generator costs more than all it asks
+                arguments = tuple(_resolved(arguments))
+            launcher(name, first.device.type, room)(*arguments, *(out if results > 1 else (out,)))
         return out
+
+    def kernel(*arguments: Any) -> Any:
+        return launch(arguments, _tensors(arguments))
 
     def autograd(*arguments: Any) -> Any:
         if wants_derivative(tuple(_tensors(arguments))):
@@ -63,10 +70,11 @@ def define(
     def run(*arguments: Any) -> Any:
         if _is_compiling():
             return operator(*arguments)
-        how = route(tuple(_tensors(arguments)))
+        tensors = _tensors(arguments)
+        how = route(tensors)
         if how == OPERATOR:
             return operator(*arguments)
-        return reference(*arguments) if how == DERIVATIVE else kernel(*arguments)
+        return reference(*arguments) if how == DERIVATIVE else launch(arguments, tensors)
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     _library.impl(name, autograd, "Autograd")
@@ -79,8 +87,8 @@ def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
     for argument in arguments:
         if isinstance(argument, Tensor):
             found.append(argument)
-        elif isinstance(argument, (list, tuple)):
-            found.extend(item for item in argument if isinstance(item, Tensor))
+        elif argument.__class__ is list or argument.__class__ is tuple:
+            found += [item for item in argument if isinstance(item, Tensor)]
     return found
 
 
