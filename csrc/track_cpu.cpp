@@ -90,11 +90,14 @@ class TrackKernel {
     }
     const double edm_norm = sqrt(now.sigma * now.sigma + (now.alpha * now.sigma_data) * (now.alpha * now.sigma_data));
     double along_x, along_p, scale;
-    direction(call_.type, now.alpha, now.sigma, now.sigma_data, edm_norm, &along_x, &along_p, &scale);
-    simd::Terms<Real> terms;
-    terms.add(Real(along_p * scale), prediction);
-    if (along_x != 0.0) terms.add(Real(along_x * scale), x);
-    simd::combine(terms, size, eps);
+    fastdensity::direction(call_.type, now.alpha, now.sigma, now.sigma_data, edm_norm, &along_x, &along_p, &scale);
+    simd::Terms<Real> direction, scaled;  // the scale outside: x - alpha p cancels, and is to be rounded once
+    direction.add(Real(along_p), prediction);
+    if (along_x != 0.0) direction.add(Real(along_x), x);
+    simd::combine(direction, size, eps);
+    if (scale == 1.0) return;
+    scaled.add(Real(scale), eps);
+    simd::combine(scaled, size, eps);
   }
 
   const TrackCall& call_;

@@ -70,8 +70,9 @@ FASTDENSITY_HOST_DEVICE Row make_row(TrackScheme scheme, std::int64_t columns, c
   const bool started = before.steps > 0;
   const bool here = now.alpha > 0 && now.sigma > 0 && gram.square > 0 && std::isfinite(rate) &&
                     std::isfinite(now.alpha * now.sigma * gram.square * now.cfg_scale);
-  const bool on_course = arrived(now, before);
-  if (started && !on_course) row.flags |= stale_state;
+  const bool on_course =
+      arrived(now, before) && std::isfinite(gram.turn + gram.move + gram.move_last + gram.state_last);
+  if (started && here && !on_course) row.flags |= stale_state;
   row.known = started && on_course && here;
   row.guided = (row.flags & ~stale_state) == 0;
   if (here) {
@@ -231,8 +232,10 @@ FASTDENSITY_HOST_DEVICE TrackReport correct(std::int64_t columns, const TrackMem
 FASTDENSITY_HOST_DEVICE TrackReport decide(TrackScheme scheme, std::int64_t columns, const TrackParameters& now,
                                            const TrackMemory& before, const TrackGram& gram, TrackMemory& after) {
   const Row row = make_row(scheme, columns, now, before, gram);
-  if (scheme == TrackScheme::corrector) return correct(columns, before, row, after);
-  return advance(scheme, columns, now, before, row, after);
+  TrackReport report = scheme == TrackScheme::corrector ? correct(columns, before, row, after)
+                                                        : advance(scheme, columns, now, before, row, after);
+  report.sq_norm = gram.square;
+  return report;
 }
 
 }  // namespace track

@@ -192,6 +192,35 @@ def test_rows_that_cannot_be_guided(backend: str) -> None:
     assert torch.equal(eps[0], prediction[0])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_broken_last_vectors_begin_anew(backend: str) -> None:
+    """A restored state may hold anything: a row with NaN in it is flagged, and is a fresh one."""
+    walk = Walk(2)
+    x, prediction, _, last_x, last_eps = walk.operands("epsilon", torch.float64)
+    assert last_x is not None
+    last_x[0, 5] = math.nan
+    numbers = parameters(walk.here, walk.end)
+    with use(backend):
+        _, report, after = run("epsilon", "direct", (x, prediction, None, last_x, last_eps), numbers, walk.memory)
+        fresh = run("epsilon", "direct", (x, prediction, None, None, None), numbers, torch.zeros_like(walk.memory))
+    assert report[:, 3].tolist() == [rules.FLAG_STALE_STATE, 0]
+    assert report[0, 0] == fresh[1][0, 0]
+    assert after.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_cancelling_predictions_keep_their_digits(backend: str) -> None:
+    """eps = (x - alpha x0) / sigma at a small sigma: rounded once, not once a term."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, COLUMNS, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = (x0 + 0.002 * noise).float()
+    numbers, memory = parameters((1.0, 0.002), (1.0, 0.001)), torch.zeros(2, len(MEMORY), dtype=torch.float64)
+    with use(backend):
+        eps, _, _ = run("sample", "direct", (x, x0.float(), None, None, None), numbers, memory)
+    exact = (x.double() - x0.float().double()) / 0.002
+    assert float((eps.double() - exact).norm() / exact.norm()) < 1e-6
+
+
 def test_what_is_measured_is_what_log_p_did() -> None:
     """Over a whole run the realised nats are those of the flow's own log p, and what was commanded."""
     flow = fd.GaussianMixture(torch.ones(1), torch.zeros(1, 64), torch.full((1, 64), 0.3))

@@ -148,12 +148,12 @@ def track_rows(
     gram = (square, turn, move, move_last, state / alpha, state_last / alpha)
     columns = wide(vectors * VECTOR)
     rate = now[SHIFT] + quantile_term(numbers[Q], row, columns, 6, PER_ROW)
-    after, (eta_minus_one, sq_norm, deficit, flags) = decide(
+    after, (eta_minus_one, _, deficit, flags) = decide(
         now, _remembered(memory, row), gram, rate, columns.to(tl.float64), SCHEME
     )
     at = report + row * 4
     tl.store(at, eta_minus_one)
-    tl.store(at + 1, sq_norm)
+    tl.store(at + 1, square)
     tl.store(at + 2, deficit)
     tl.store(at + 3, flags.to(tl.float64))
     for index in tl.static_range(REMEMBERED):

@@ -104,9 +104,9 @@ def decide(now, before, gram, rate, columns, SCHEME: tl.constexpr):
     started = before[LAST_STEPS] > 0.0
     here = (now[ALPHA] > 0.0) & (now[SIGMA] > 0.0) & (gram[0] > 0.0) & _is_finite(rate)
     here = here & _is_finite(now[ALPHA] * now[SIGMA] * gram[0] * now[CFG_SCALE])
-    arrived = _arrived(now, before)
+    arrived = _arrived(now, before) & _is_finite(gram[1] + gram[2] + gram[3] + gram[5])
     guided = flags == 0
-    flags |= _flag(started & (arrived == 0), STALE_STATE)
+    flags |= _flag(started & here & (arrived == 0), STALE_STATE)
     known = started & arrived & here
     numbers = now + _safe_numbers(now, before, gram, known, guided, here, rate)
     if SCHEME == "corrector":

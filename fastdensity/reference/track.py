@@ -79,7 +79,8 @@ def track(
     alpha, sigma, sigma_data = numbers["alpha"], numbers["sigma"], numbers["sigma_data"]
     edm_norm = torch.sqrt(sigma * sigma + (alpha * sigma_data) ** 2)
     along_x, along_p, scale = rules.direction(kind, alpha, sigma, sigma_data, edm_norm)
-    eps = _scaled(along_x * scale, x) + _scaled(along_p * scale, prediction)
+    # the scale outside: x - alpha p cancels, and is to be rounded once
+    eps = _scaled(scale, _scaled(along_x, x) + _scaled(along_p, prediction))
     fresh = before["steps"] == 0
     gram = _gram(x, eps, last_x, last_eps, alpha, before["alpha"], fresh)
     after, report = decide(scheme, x.shape[1], numbers, before, gram)

@@ -25,6 +25,7 @@ SHORTEST, LONGEST = 0.5, 2.0  # what guidance may make of the distance to the lo
 NEAREST = 0.1  # of the typical distance: nearer to the mode no push goes
 
 Numbers = dict[str, Tensor]
+Decision = tuple[Tensor, Tensor, Tensor]  # eta - 1, commanded - realised, flags
 
 
 class Gram(NamedTuple):
@@ -45,14 +46,17 @@ def decide(scheme: str, columns: int, now: Numbers, before: Numbers, gram: Gram)
     started = before["steps"] > 0
     here = (now["alpha"] > 0) & (now["sigma"] > 0) & (gram.square > 0) & rate.isfinite()
     here = here & (now["alpha"] * now["sigma"] * gram.square * now["cfg_scale"]).isfinite()
-    arrived = _arrived(now, before)
-    flags = flags | (started & ~arrived).to(torch.int64) * rules.FLAG_STALE_STATE
+    arrived = _arrived(now, before) & (gram.turn + gram.move + gram.move_last + gram.state_last).isfinite()
+    flags = flags | (started & here & ~arrived).to(torch.int64) * rules.FLAG_STALE_STATE
     known = started & arrived & here
     guided = (flags & ~rules.FLAG_STALE_STATE) == 0
     numbers = _safe_numbers(now, before, gram, known, guided, here, rate)
     if scheme == "corrector":
-        return _correct(columns, numbers, before, flags, guided & known)
-    return _advance(scheme, columns, numbers, before, flags, known, guided)
+        after, report = _correct(columns, numbers, before, flags, guided & known)
+    else:
+        after, report = _advance(scheme, columns, numbers, before, flags, known, guided)
+    eta_minus_one, deficit, flags = report
+    return after, torch.stack([eta_minus_one, gram.square, deficit, flags.double()], dim=1)
 
 
 def _problems(scheme: str, now: Numbers, rate: Tensor, gram: Gram) -> Tensor:
@@ -120,7 +124,7 @@ def _safe_numbers(
 
 def _advance(
     scheme: str, columns: int, now: Numbers, before: Numbers, flags: Tensor, known: Tensor, guided: Tensor
-) -> tuple[Numbers, Tensor]:
+) -> tuple[Numbers, Decision]:
     """Measures the step that ended, decides on the one ahead."""
     zero = torch.zeros_like(now["rate"])
     measured = _measure(now, before, known)
@@ -164,7 +168,7 @@ def _advance(
         "realised": measured["realised"],
         "limited": before["limited"] + limited.double(),
     }
-    return after, torch.stack([eta - 1.0, now["square"], deficit, flags.double()], dim=1)
+    return after, (eta - 1.0, deficit, flags)
 
 
 def _measure(now: Numbers, before: Numbers, known: Tensor) -> Numbers:
@@ -286,7 +290,7 @@ def _limit(eta: Tensor, stride: Tensor, response: Tensor, mean_square: Tensor) -
     return bounded, bounded != eta
 
 
-def _correct(columns: int, now: Numbers, before: Numbers, flags: Tensor, guided: Tensor) -> tuple[Numbers, Tensor]:
+def _correct(columns: int, now: Numbers, before: Numbers, flags: Tensor, guided: Tensor) -> tuple[Numbers, Decision]:
     """Heun's second evaluation: eta such that the mean of both directions gives what the step is to give.
 
     The memory stays that of the step's beginning, where the whole step will be measured from.
@@ -308,4 +312,4 @@ def _correct(columns: int, now: Numbers, before: Numbers, flags: Tensor, guided:
     after["limited"] = before["limited"] + limited.double()
     flags = flags | limited.to(torch.int64) * rules.FLAG_LIMITED
     eta_minus_one = torch.where(guided, bounded - 1.0, torch.zeros_like(eta))
-    return after, torch.stack([eta_minus_one, square, deficit, flags.double()], dim=1)
+    return after, (eta_minus_one, deficit, flags)
