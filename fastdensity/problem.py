@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -121,14 +122,23 @@ def _check_grid(grid: Any) -> list[float]:
     return levels.tolist()
 
 
-def check_guidance(guidance: Any, solver: str, noise: Any, latents: Tensor, steps: int) -> None:
-    """TypeError or ValueError if guidance and solver, or guidance and noise, do not go together."""
+def check_guidance(guidance: Any, solver: str, noise: Any, latents: Tensor, levels: list[float]) -> None:
+    """TypeError or ValueError if guidance and solver, or guidance and noise, do not go together.
+
+    Warns of guidance that acts nowhere on the grid.
+    """
     if guidance is not None and not isinstance(guidance, Guidance):
         known = "DensityGuidance, StochasticDensityGuidance, ReverseDiffusion, HighDensity or None"
         raise TypeError(f"guidance must be {known}, got {describe(guidance)}")
     stochastic = guidance is not None and guidance.stochastic
     if stochastic and solver not in STOCHASTIC_SOLVERS:
         raise ValueError(f"stochastic guidance needs solver {' or '.join(STOCHASTIC_SOLVERS)}, got {solver!r}")
+    if guidance is not None and not any(guidance.active(lam) for lam in levels[:-1]):
+        warnings.warn(
+            f"guidance acts nowhere: no step of the grid, {levels[0]} to {levels[-1]}, begins in its interval, "
+            f"{guidance.ends()}",
+            stacklevel=3,
+        )
     if noise is None:
         return
     if not stochastic:
@@ -136,6 +146,7 @@ def check_guidance(guidance: Any, solver: str, noise: Any, latents: Tensor, step
             "noise was given, but the guidance is not stochastic: use StochasticDensityGuidance or ReverseDiffusion"
         )
     check_state("noise", noise)
+    steps = len(levels) - 1
     if noise.shape != (steps, *latents.shape) or noise.device != latents.device:
         raise ValueError(
             f"noise must have shape (N, B, *) = {(steps, *latents.shape)} on {latents.device}, got {describe(noise)}"

@@ -106,7 +106,7 @@ def sample(
     """
     levels = check_flow_problem(flow, "latents", latents, grid)
     solve = choose_solver(solver, rtol, atol)
-    check_guidance(guidance, solver, noise, latents, len(levels) - 1)
+    check_guidance(guidance, solver, noise, latents, levels)
     for name, value in (("log_prob", log_prob), ("progress", progress)):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {describe(value)}")

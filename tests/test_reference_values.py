@@ -12,6 +12,7 @@ from mixtures import lam_grid, largest_error
 from torch import Tensor
 
 import fastdensity as fd
+from fastdensity.rules import FLAG_LIMITED
 from fastdensity.trajectory import log_normal_density
 
 PATH = Path(__file__).parent / "data" / "golden_c.npz"
@@ -119,3 +120,18 @@ def test_overshooting_the_mode_stays_finite() -> None:
     assert largest_error(guided.x, golden()["dg_q0.7"]) < 0.1
     assert stochastic(0.6).isfinite().all()
     assert largest_error(stochastic(0.6), golden()["sdg_q0.6"]) < 0.1
+
+
+@pytest.mark.parametrize("solver", ["euler", "ddim", "heun", "dpmpp_2m"])
+def test_the_closed_loop_ends_in_a_sensible_place(solver: str) -> None:
+    """Where the paper's form overshoots the mode rows end near one, say that they were limited, and owe the rest."""
+    mixture = flow()
+    guidance = fd.DensityGuidance(0.7)
+    guided = fd.sample(mixture, median_latents(), lam_grid(FIRST, LAST, 63), solver, guidance)
+    plain = fd.sample(mixture, median_latents(), lam_grid(FIRST, LAST, 63), solver)
+    density = mixture.log_prob(guided.x, LAST)
+    assert (density > mixture.log_prob(plain.x, LAST)).all()
+    assert (guided.x.abs() < 2 * plain.x.abs().max()).all()
+    assert (guided.flags & FLAG_LIMITED != 0).all()
+    assert guided.residual is not None
+    assert (guided.residual > 1.0).all()
