@@ -32,6 +32,7 @@ bench: $(VENV)/.test ## the CPU benchmarks: tables, and JSON under benchmarks/re
 	$(BIN)/python -m benchmarks.run rows
 	$(BIN)/python -m benchmarks.run jvp
 	$(BIN)/python -m benchmarks.run probe
+	$(BIN)/python -m benchmarks.run track
 	$(BIN)/python -m benchmarks.run divergence
 
 gpu: ## on a machine with a CUDA device: build, GPU tests, sanitizer, benchmarks (no network needed)

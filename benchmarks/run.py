@@ -76,7 +76,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 
 def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]:
-    from benchmarks import divergence, jvp, probe, rows
+    from benchmarks import divergence, jvp, probe, rows, track
 
     if benchmark == "jvp":
         records = jvp.run(rounds or jvp.ROUNDS, slow)
@@ -84,6 +84,9 @@ def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]
     elif benchmark == "probe":
         records = probe.run(rounds or 15)
         print_table(records)
+    elif benchmark == "track":
+        records = track.run(rounds or track.ROUNDS)
+        track.print_table(records)
     elif benchmark == "divergence":
         records = divergence.run(rounds or divergence.ROUNDS, slow)
         divergence.print_table(records)
@@ -95,8 +98,10 @@ def _run(benchmark: str, rounds: int | None, slow: bool) -> list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("benchmark", choices=["rows", "jvp", "probe", "divergence"])
-    parser.add_argument("--rounds", type=int, default=None, help="default: 30 rows, 15 jvp and probe, 7 divergence")
+    parser.add_argument("benchmark", choices=["rows", "jvp", "probe", "track", "divergence"])
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="default: 30 rows, 15 jvp, probe and track, 7 divergence"
+    )
     parser.add_argument("--slow", action="store_true", help="jvp, divergence: also rivals that compile for minutes")
     parser.add_argument("--out", type=Path, default=None, help="JSON file (default: benchmarks/results/NAME-cpu.json)")
     options = parser.parse_args()
