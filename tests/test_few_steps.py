@@ -110,4 +110,4 @@ def test_what_is_not_finite_is_counted_and_misses_every_target() -> None:
     record |= {"plain": form, "tracked": form}
     assert few_steps_report.worst([record], "tracked") == float("inf")
     assert [met for met, _ in few_steps_report.targets([record])] == [False]
-    assert few_steps_report.worse_samples([record]) == []
+    assert few_steps_report.worse_than_plain([record], "log_prob_error") == []  # as bad
