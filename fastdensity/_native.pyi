@@ -39,6 +39,25 @@ def track_cpu(
 ) -> None: ...
 def make_probes_cpu(call: tuple[int, ...], out: int, dtype: int, threads: int, /) -> None: ...
 def probe_forms_cpu(call: tuple[int, ...], products: int, out: int, dtype: int, threads: int, /) -> None: ...
+def dual_conv_cpu(
+    x: int,
+    weight: int,
+    bias: int,
+    out: int,
+    dtype: int,
+    images: int,
+    biased: int,
+    channels: int,
+    outputs: int,
+    size: tuple[int, int],
+    out_size: tuple[int, int],
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    threads: int,
+    /,
+) -> None: ...
 def dual_softmax_cpu(x: int, out: int, dtype: int, tangents: int, rows: int, columns: int, threads: int, /) -> None: ...
 def dual_attention_cpu(
     scores: int,
