@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = [
-    *("test_rows.py", "test_rules.py", "test_philox.py", "test_probe.py", "test_boundary.py"),
+    *("test_rows.py", "test_rules.py", "test_philox.py", "test_probe.py", "test_track.py", "test_boundary.py"),
     *("test_dual_chain.py", "test_dual_linear.py", "test_dual_norm.py", "test_dual_softmax.py"),
     *("test_dual_attention.py", "test_dual_attention_narrow.py", "test_dual_conv.py"),
 ]

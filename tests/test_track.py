@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdensity as fd
-from benchmarks import track as benchmark
 from fastdensity import rules
 from fastdensity._backend import use
 from fastdensity.conversions import from_epsilon
@@ -379,14 +378,3 @@ def test_bad_states() -> None:
         state.reset(torch.tensor([1]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rows must have shape \(3,\)"):
         state.reset(torch.tensor([True]))
-
-
-def test_the_benchmark_runs_and_refuses_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    with torch.no_grad():
-        records = benchmark.run(rounds=1, shapes=((2, 1, 4, 4),))
-        benchmark.print_table(records)
-        assert "of a step" in capsys.readouterr().out
-        right = benchmark.variants((2, 1, 4, 4))
-        wrong = {**right, "tracked": right["plain"]}
-        with pytest.raises(SystemExit, match="tracked is wrong"):
-            benchmark.check(wrong)
