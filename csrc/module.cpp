@@ -387,10 +387,10 @@ nb::tuple rule_coefficients(int type, double alpha, double sigma, double alpha_n
                             double sigma_data) {
   if (type < 0 || type > 6) throw std::invalid_argument("unknown prediction type");
   const PredictionType kind = static_cast<PredictionType>(type);
-  const double edm_norm = std::sqrt(sigma * sigma + alpha * sigma_data * alpha * sigma_data);
+  const double norm = edm_norm(alpha, sigma, sigma_data);
   double along_x = 0, along_p = 0, scale = 0, out_x = 0, out_p = 0, out_direction = 0;
-  direction(kind, alpha, sigma, sigma_data, edm_norm, &along_x, &along_p, &scale);
-  step_base(kind, alpha, sigma, alpha_next, sigma_next, sigma_data, edm_norm, &out_x, &out_p, &out_direction);
+  direction(kind, alpha, sigma, sigma_data, norm, &along_x, &along_p, &scale);
+  step_base(kind, alpha, sigma, alpha_next, sigma_next, sigma_data, norm, &out_x, &out_p, &out_direction);
   return nb::make_tuple(along_x, along_p, scale, out_x, out_p, out_direction);
 }
 

@@ -7,7 +7,7 @@
 
 #include "ops.h"
 #include "philox.h"
-#include "rows_simd.h"
+#include "rows_operands.h"
 #include "rules.h"
 
 namespace fastdensity {
@@ -15,8 +15,7 @@ namespace {
 
 using simd::kChunk;
 
-constexpr std::int64_t kSerialElements = 32768;             // below this a parallel region costs more than it saves
-constexpr std::int64_t kSegment = 8;                        // chunks
+constexpr std::int64_t kSegment = 8;  // chunks
 
 struct Sums {
   double norm = 0, overlap = 0;
@@ -52,7 +51,7 @@ class RowKernel {
     if (plan.out[2] != 0.0) terms.add(Real(plan.out[2]), noise_of(row, begin, size, scratch));
     if (plan.out[0] != 0.0) terms.add(Real(plan.out[0]), vector_of(call_.v0, row, begin, size, scratch.v0));
     const std::int64_t offset = row * call_.out_stride + begin;
-    if (call_.out_dtype == real_type()) return simd::combine(terms, size, static_cast<Real*>(call_.out) + offset);
+    if (call_.out_dtype == real_type<Real>()) return simd::combine(terms, size, static_cast<Real*>(call_.out) + offset);
     const bool finite = simd::combine(terms, size, scratch.out);
     simd::store(scratch.out, call_.out, static_cast<int>(call_.out_dtype), offset, size);
     return finite;
@@ -68,9 +67,7 @@ class RowKernel {
   }
 
   RowReport finish(RowPlan& plan, const Sums& sums) const {
-    // a sum that the report's type cannot hold counts as infinite, as it does where all of it runs in that type
-    const bool overflows = !std::isfinite(static_cast<Real>(sums.norm));
-    return finish_row(call_, plan, overflows ? static_cast<Real>(sums.norm) : sums.norm, sums.overlap);
+    return finish_row(call_, plan, as_held<Real>(sums.norm), sums.overlap);
   }
 
  private:
@@ -78,24 +75,9 @@ class RowKernel {
     alignas(64) Real v0[kChunk], prediction[kChunk], uncond[kChunk], direction[kChunk], noise[kChunk], out[kChunk];
   };
 
-  static constexpr DataType real_type() { return sizeof(Real) == 4 ? DataType::float32 : DataType::float64; }
-
-  // The operand in place where it has the right type already, else converted into `buffer`.
-  static const Real* vector_of(const Rows& rows, std::int64_t row, std::int64_t begin, std::int64_t size,
-                               Real* buffer) {
-    const std::int64_t offset = row * rows.row_stride + begin;
-    if (rows.dtype == real_type()) return static_cast<const Real*>(rows.data) + offset;
-    simd::load(rows.data, static_cast<int>(rows.dtype), offset, size, buffer);
-    return buffer;
-  }
-
   const Real* prediction_of(const RowPlan& plan, std::int64_t row, std::int64_t begin, std::int64_t size,
                             Scratch& scratch) const {
-    const Real* cond = vector_of(call_.v1, row, begin, size, scratch.prediction);
-    if (!call_.uncond.data) return cond;
-    const Real* uncond = vector_of(call_.uncond, row, begin, size, scratch.uncond);
-    simd::classifier_free(uncond, cond, Real(plan.cfg), size, scratch.prediction);
-    return scratch.prediction;
+    return combined_prediction(call_.v1, call_.uncond, plan.cfg, row, begin, size, scratch.prediction, scratch.uncond);
   }
 
   const Real* noise_of(std::int64_t row, std::int64_t begin, std::int64_t size, Scratch& scratch) const {

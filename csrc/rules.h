@@ -81,6 +81,11 @@ FASTDENSITY_HOST_DEVICE double normal_quantile(double p) {
   return q < 0 ? -value : value;
 }
 
+// What `direction` and `step_base` are handed: sqrt(sigma^2 + alpha^2 sigma_data^2).
+FASTDENSITY_HOST_DEVICE double edm_norm(double alpha, double sigma, double sigma_data) {
+  return sqrt(sigma * sigma + (alpha * sigma_data) * (alpha * sigma_data));
+}
+
 // fastdensity/rules.py, `direction`: eps = scale * (along[0] x + along[1] p).
 FASTDENSITY_HOST_DEVICE void direction(PredictionType type, double alpha, double sigma, double sigma_data,
                                        double edm_norm, double* along_x, double* along_p, double* scale) {
@@ -140,11 +145,11 @@ FASTDENSITY_HOST_DEVICE void plan_guided(const RowsCall& call, std::int64_t row,
   const double alpha = row_parameter(p[0], row), sigma = row_parameter(p[1], row);
   const double alpha_next = row_parameter(p[2], row), sigma_next = row_parameter(p[3], row);
   const double q = row_parameter(p[4], row), sigma_data = row_parameter(p[9], row);
-  const double edm_norm = sqrt(sigma * sigma + (alpha * sigma_data) * (alpha * sigma_data));
+  const double norm = edm_norm(alpha, sigma, sigma_data);
   plan.gain = row_parameter(p[6], row);
   plan.cfg = row_parameter(p[7], row);
   plan.noise = has_noise ? row_parameter(p[8], row) : 0.0;
-  direction(call.type, alpha, sigma, sigma_data, edm_norm, &plan.along[0], &plan.along[1], &plan.scale);
+  direction(call.type, alpha, sigma, sigma_data, norm, &plan.along[0], &plan.along[1], &plan.scale);
 
   plan.flags |= end_flags(alpha) | end_flags(sigma);
   if (q > 0.0 && q < 1.0)
@@ -161,7 +166,7 @@ FASTDENSITY_HOST_DEVICE void plan_guided(const RowsCall& call, std::int64_t row,
     return;
   }
   plan.flags |= end_flags(alpha_next) | end_flags(sigma_next);
-  step_base(call.type, alpha, sigma, alpha_next, sigma_next, sigma_data, edm_norm, &plan.out[0], &plan.out[1],
+  step_base(call.type, alpha, sigma, alpha_next, sigma_next, sigma_data, norm, &plan.out[0], &plan.out[1],
             &plan.out_direction);
   plan.out[2] = plan.noise;
   if (!plan.flags) {

@@ -5,15 +5,13 @@
 #include <vector>
 
 #include "ops.h"
-#include "rows_simd.h"
+#include "rows_operands.h"
 #include "track_rule.h"
 
 namespace fastdensity {
 namespace {
 
 using simd::kChunk;
-
-constexpr std::int64_t kSerialElements = 32768;  // as rows_cpu.cpp
 
 template <typename Real>
 class TrackKernel {
@@ -57,9 +55,8 @@ class TrackKernel {
   }
 
   void finish(const TrackParameters& now, const TrackMemory& before, TrackGram gram, std::int64_t row) const {
+    gram.square = as_held<Real>(gram.square);
     gram.state /= now.alpha, gram.state_last /= now.alpha;
-    // a sum that the arithmetic's type cannot hold counts as infinite, as it does where all of it runs in that type
-    if (!std::isfinite(static_cast<Real>(gram.square))) gram.square = static_cast<Real>(gram.square);
     TrackMemory after;
     const TrackReport report = track::decide(call_.scheme, call_.columns, now, before, gram, after);
     std::memcpy(call_.memory_out + row * kTrackMemory, &after, sizeof(after));
@@ -71,26 +68,13 @@ class TrackKernel {
     alignas(64) Real x[kChunk], prediction[kChunk], uncond[kChunk], last_x[kChunk], last_eps[kChunk], move[kChunk];
   };
 
-  static const Real* vector_of(const Rows& rows, std::int64_t row, std::int64_t begin, std::int64_t size,
-                               Real* buffer) {
-    const std::int64_t offset = row * rows.row_stride + begin;
-    constexpr DataType type = sizeof(Real) == 4 ? DataType::float32 : DataType::float64;
-    if (rows.dtype == type) return static_cast<const Real*>(rows.data) + offset;
-    simd::load(rows.data, static_cast<int>(rows.dtype), offset, size, buffer);
-    return buffer;
-  }
-
   void write_eps(const TrackParameters& now, const Real* x, std::int64_t row, std::int64_t begin, std::int64_t size,
                  Scratch& scratch, Real* eps) const {
-    const Real* prediction = vector_of(call_.prediction, row, begin, size, scratch.prediction);
-    if (call_.uncond.data) {
-      const Real* uncond = vector_of(call_.uncond, row, begin, size, scratch.uncond);
-      simd::classifier_free(uncond, prediction, Real(now.cfg_scale), size, scratch.prediction);
-      prediction = scratch.prediction;
-    }
-    const double edm_norm = sqrt(now.sigma * now.sigma + (now.alpha * now.sigma_data) * (now.alpha * now.sigma_data));
+    const Real* prediction = combined_prediction(call_.prediction, call_.uncond, now.cfg_scale, row, begin, size,
+                                                 scratch.prediction, scratch.uncond);
+    const double norm = edm_norm(now.alpha, now.sigma, now.sigma_data);
     double along_x, along_p, scale;
-    fastdensity::direction(call_.type, now.alpha, now.sigma, now.sigma_data, edm_norm, &along_x, &along_p, &scale);
+    fastdensity::direction(call_.type, now.alpha, now.sigma, now.sigma_data, norm, &along_x, &along_p, &scale);
     simd::Terms<Real> direction, scaled;  // the scale outside: x - alpha p cancels, and is to be rounded once
     direction.add(Real(along_p), prediction);
     if (along_x != 0.0) direction.add(Real(along_x), x);

@@ -103,14 +103,13 @@ class Evaluation:
         if self._measured is None:
             rate = sq_norm.double() / 2 - self.dlog_alpha * self.problem.dimension
             return rate, torch.zeros_like(rate)
-        laplacian, std_err = self._measured
-        half_variance = self.sigma**2 / 2
+        flow, std_err = self.flow_rate()
         noise: Number = self.push.relative_noise
         push = eta_minus_one.double() * sq_norm.double() / 2
-        rate = push - self.dlog_alpha * self.problem.dimension - half_variance * laplacian
+        rate = push - self.dlog_alpha * self.problem.dimension + flow
         if isinstance(noise, Tensor) or noise != 0:
-            rate = rate + noise**2 * half_variance * (laplacian - self.curvature_along_score())
-        return rate, ((1.0 - noise**2) * half_variance * std_err).abs()
+            rate = rate + noise**2 * (self.sigma**2 / 2) * (self._measured[0] - self.curvature_along_score())
+        return rate, ((1.0 - noise**2) * std_err).abs()
 
     def flow_rate(self) -> tuple[Tensor, Tensor]:
         """-div u but for the path's own stretching, and its standard error, (B,) each per unit of lam, in float64.

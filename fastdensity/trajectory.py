@@ -144,9 +144,7 @@ class Trajectory:
         `carry` say how the solver goes on from it (`fastdensity.reference.track`).
         """
         self._close_loop(point, step, scheme, self.path(step.lam_next), 0.0, carry)
-        guided, report = self._guide(point)
-        self._record(point, weight, report)
-        return guided
+        return self._guide_and_record(point, weight)
 
     def guided_epsilon(self, point: Evaluation, weight: float, step: Step, scheme: str) -> Tensor:
         """eta eps (B, *); log p gains weight times its rate here."""
@@ -188,7 +186,7 @@ class Trajectory:
     ) -> None:
         """Puts the eta that the closed loop decides on in the place of the push that was asked for."""
         guidance, push, problem = self.guidance, point.push, self.problem
-        if push is UNGUIDED or guidance is None or not guidance.track:
+        if guidance is None or not self._in_loop(point):
             return
         if self.state is None:
             self.state = GuidanceState.fresh(point.x)
@@ -233,6 +231,11 @@ class Trajectory:
         )
         return guided, report
 
+    def _guide_and_record(self, point: Evaluation, weight: float) -> Tensor:
+        guided, report = self._guide(point)
+        self._record(point, weight, report)
+        return guided
+
     def _noise_scale(self, point: Evaluation, step: Step) -> float | Tensor:
         """phi sqrt(dlam), the standard deviation of the step's noise."""
         relative = point.push.relative_noise
@@ -262,10 +265,7 @@ class Trajectory:
         self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
     ) -> Tensor:
         """The same step where Euler's is so long that alpha or sigma would end below 0, which no kernel takes."""
-        x = point.x
-        guided, report = self._guide(point)
-        self._record(point, self._weight(step), report)
-        eps = self._to_epsilon(point, guided)
+        x, eps = point.x, self._to_epsilon(point, self._guide_and_record(point, self._weight(step)))
         along_eps = sigma_next - alpha_next * (point.sigma / point.alpha)
         moved = (alpha_next / point.alpha) * x + along_eps * eps
         if not isinstance(scale, Tensor) and scale == 0:
@@ -283,10 +283,14 @@ class Trajectory:
         seen = flags.to(torch.int64)
         self.flags |= seen & rules.FLAG_NON_FINITE if point.push is UNGUIDED else seen
         if self.problem.tracks:
-            books = point.push is not UNGUIDED and self.guidance is not None and self.guidance.track
+            books = self._in_loop(point)
             rate, std_err = point.flow_rate() if books else point.log_density_rate(eta_minus_one, sq_norm)
             self.log_change += weight * rate
             self.log_variance += (weight * std_err) ** 2
+
+    def _in_loop(self, point: Evaluation) -> bool:
+        """Is what happens here decided, and kept account of, by the closed loop?"""
+        return point.push is not UNGUIDED and self.guidance is not None and self.guidance.track
 
     def _weight(self, step: Step) -> float:
         """What the rate at the begin of a one-evaluation step counts: the step's length, by the left-hand rule.
@@ -294,7 +298,7 @@ class Trajectory:
         Where the loop is closed the divergence is the only error left in log p, so there it goes by the trapezoid
         rule, whose right end is the next step's evaluation; the grid's last step by extrapolation.
         """
-        before, weight = self.step_before(step), step.size
+        before, weight = self._step_before(step), step.size
         if self._is_closed(step):
             weight = step.size / 2.0
             if step.lam_next == self.grid[-1]:
@@ -308,7 +312,7 @@ class Trajectory:
                 weight -= last.size * last.size / (2.0 * step.size)
         return weight
 
-    def step_before(self, step: Step) -> Step | None:
+    def _step_before(self, step: Step) -> Step | None:
         """The step that led to this one."""
         return None if step.index == 0 else Step(step.index - 1, self.grid[step.index - 1], step.lam)
 

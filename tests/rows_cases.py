@@ -83,6 +83,19 @@ def random_problem(
     return Problem(rule, kind, operands, parameters, key)
 
 
+def number_forms(rows: int) -> tuple[Any, ...]:
+    """What makes a parameter of a number, in every form: floats, 0-dimensional, one for all rows, one per row, strided,
+    expanded; float32 and float64."""
+    return (
+        lambda value: value,
+        lambda value: torch.tensor(value),
+        lambda value: torch.tensor([value], dtype=torch.float64),
+        lambda value: torch.full((rows,), value),
+        lambda value: torch.tensor([[value, torch.nan]] * rows, dtype=torch.float64)[:, 0],
+        lambda value: torch.tensor(value, dtype=torch.float64).expand(rows),
+    )
+
+
 def all_problems(**options: Any) -> list[Problem]:
     """Every rule, prediction type, with and without classifier-free guidance, every source of noise."""
     problems = [random_problem("drift", **options), random_problem("radius", **options)]

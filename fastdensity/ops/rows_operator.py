@@ -93,7 +93,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor | None]:
     for operand in operands:
         if operand is not None and (operand.is_neg() or not operand.is_contiguous()):
-            operands = dense_rows(operands)
+            operands = _dense_rows(operands)
             break
     if out is None:
         dense = like.is_contiguous()  # naming the format costs a fifth of the allocation
@@ -107,9 +107,9 @@ def _launch(
     return out, report
 
 
-def dense_rows(operands: tuple[Tensor | None, ...]) -> Any:
+def _dense_rows(operands: Operands) -> Operands:
     """Operands whose rows each lie densely in memory, whatever the stride between rows; copies where needed."""
-    return tuple(None if operand is None else _dense(operand) for operand in operands)
+    return tuple(None if operand is None else _dense(operand) for operand in operands)  # type: ignore[return-value]
 
 
 def _dense(operand: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastdensity._backend import launcher
 from fastdensity.boundary import DERIVATIVE, OPERATOR, check_like, check_number, describe, route
-from fastdensity.ops.rows_operator import dense_rows
 from fastdensity.ops.state import GuidanceState
 from fastdensity.reference import track as reference
 from fastdensity.reference.rows import Parameter, compute_dtype, flatten
@@ -116,7 +115,7 @@ def run(
     if torch.compiler.is_compiling() or route((*operands, *parameters, memory)) in (DERIVATIVE, OPERATOR):
         eps, report, after = reference.track(kind, scheme, flatten(operands), parameters, memory)
         return eps.reshape(sample.shape), report, after
-    dense: Any = tuple(None if operand is None else operand.contiguous() for operand in dense_rows(operands))
+    dense: Any = tuple(None if operand is None else operand.resolve_neg().contiguous() for operand in operands)
     eps = torch.empty(sample.shape, dtype=compute_dtype(operands[:4]), device=sample.device)
     report = torch.empty((sample.shape[0], 4), dtype=torch.float64, device=sample.device)
     after = torch.empty_like(memory, memory_format=torch.contiguous_format)

@@ -89,14 +89,15 @@ def per_row(parameter: Parameter, state: Tensor) -> Tensor:
 
 def combined_prediction(cond: Tensor, uncond: Tensor | None, cfg_scale: Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022)."""
-    return cond if uncond is None else uncond + _scaled(cfg_scale, cond - uncond)
+    return cond if uncond is None else uncond + scaled(cfg_scale, cond - uncond)
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows, summed in their dtype: (B, D), (B, D) -> (B,) float64."""
     return (left * right).sum(dim=1).double()
 
 
-def _scaled(number: Tensor | float, vector: Tensor) -> Tensor:
+def scaled(number: Tensor | float, vector: Tensor) -> Tensor:
     """A number per row times a row vector, the number rounded to the vector's dtype first as kernels do."""
     if isinstance(number, Tensor):
         return number.to(vector.dtype)[:, None] * vector
@@ -120,24 +121,24 @@ def _divide(numerator: Tensor, denominator: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _drift(x: Tensor | None, drift: Tensor, score: Tensor, div: Tensor, b: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    sq_norm = _dot(score, score)
+    sq_norm = dot(score, score)
     change = div + b
     flags = _norm_flags(sq_norm) | (~change.isfinite()).to(torch.int64) * rules.FLAG_BAD_PARAMETER
     gain = _divide(change, sq_norm, flags == 0)
-    guided = _scaled(dt, drift) + _scaled(dt * gain, score)
+    guided = scaled(dt, drift) + scaled(dt * gain, score)
     out = guided if x is None else x + guided
     return out, _report(gain, sq_norm, gain * sq_norm * dt, flags)
 
 
 def _radius(latents: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    sq_norm = _dot(latents, latents)
+    sq_norm = dot(latents, latents)
     bad = ~(radius.isfinite() & (radius >= 0))
     flags = _norm_flags(sq_norm) | bad.to(torch.int64) * rules.FLAG_BAD_PARAMETER
     allowed = flags == 0
     safe = torch.where(allowed, sq_norm, torch.ones_like(sq_norm))
     factor = torch.where(allowed, radius, torch.ones_like(radius)) / safe.sqrt()
     zero = torch.zeros_like(sq_norm)
-    return _scaled(factor, latents), _report(factor - 1.0, sq_norm, zero, flags)
+    return scaled(factor, latents), _report(factor - 1.0, sq_norm, zero, flags)
 
 
 def _guided(
@@ -148,7 +149,7 @@ def _guided(
     edm_norm = torch.sqrt(sigma * sigma + (alpha * sigma_data) ** 2)
     along_x, along_p, scale = rules.direction(kind, alpha, sigma, sigma_data, edm_norm)
     direction = _combine((along_x, x), (along_p, prediction))
-    norm = _dot(direction, direction)
+    norm = dot(direction, direction)
     sq_norm = norm * scale * scale
 
     ends = [alpha, sigma, alpha_next, sigma_next] if rule == "step" else [alpha, sigma]
@@ -161,7 +162,7 @@ def _guided(
     if rule == "prediction":
         pushed = _divide(eta_minus_one, along_p * torch.ones_like(alpha), guided)
         dlogp = torch.zeros_like(sq_norm)
-        return prediction + _scaled(pushed, direction), _report(eta_minus_one, sq_norm, dlogp, flags)
+        return prediction + scaled(pushed, direction), _report(eta_minus_one, sq_norm, dlogp, flags)
 
     out_x, out_p, out_direction = rules.step_base(kind, alpha, sigma, alpha_next, sigma_next, sigma_data, edm_norm)
     # d x' / d eta along eps, zero on rows left unguided (where alpha or sigma may be 0)
@@ -171,7 +172,7 @@ def _guided(
         out = _combine((out_x, x), (out_p, prediction), (weight, direction))
     else:
         has_direction = (norm > 0) & norm.isfinite()
-        weight = weight - noise_scale * _divide(_dot(direction, noise), norm, has_direction)
+        weight = weight - noise_scale * _divide(dot(direction, noise), norm, has_direction)
         out = _combine((out_x, x), (out_p, prediction), (weight, direction), (noise_scale, noise))
     ones = torch.ones_like(alpha)
     log_ratio = torch.log(torch.where(guided, alpha_next * sigma, ones))
@@ -186,8 +187,8 @@ def _combine(*terms: tuple[Tensor | float, Tensor]) -> Tensor:
     for coefficient, vector in terms:
         if isinstance(coefficient, float) and coefficient == 0.0:
             continue
-        scaled = vector if isinstance(coefficient, float) and coefficient == 1.0 else _scaled(coefficient, vector)
-        total = scaled if total is None else total + scaled
+        term = vector if isinstance(coefficient, float) and coefficient == 1.0 else scaled(coefficient, vector)
+        total = term if total is None else total + term
     assert total is not None
     return total
 

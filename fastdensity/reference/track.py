@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdensity import rules
-from fastdensity.reference.rows import Parameter, combined_prediction, compute_dtype, flatten, per_row
+from fastdensity.reference.rows import Parameter, combined_prediction, compute_dtype, dot, flatten, per_row, scaled
 from fastdensity.reference.track_rule import Gram, decide
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -80,16 +80,11 @@ def track(
     edm_norm = torch.sqrt(sigma * sigma + (alpha * sigma_data) ** 2)
     along_x, along_p, scale = rules.direction(kind, alpha, sigma, sigma_data, edm_norm)
     # the scale outside: x - alpha p cancels, and is to be rounded once
-    eps = _scaled(scale, _scaled(along_x, x) + _scaled(along_p, prediction))
+    eps = scaled(scale, scaled(along_x, x) + scaled(along_p, prediction))
     fresh = before["steps"] == 0
     gram = _gram(x, eps, last_x, last_eps, alpha, before["alpha"], fresh)
     after, report = decide(scheme, x.shape[1], numbers, before, gram)
     return eps, report, torch.stack([after[name] for name in MEMORY], dim=1)
-
-
-def _scaled(number: Tensor | float, vector: Tensor) -> Tensor:
-    number = torch.as_tensor(number, dtype=vector.dtype, device=vector.device).expand(vector.shape[0])
-    return number[:, None] * vector
 
 
 def _gram(
@@ -98,19 +93,15 @@ def _gram(
 ) -> Gram:  # fmt: skip
     """The products that a decision needs; what a fresh row has as its last vectors is never looked at."""
     zero = torch.zeros_like(alpha)
-    square, state = _dot(eps, eps), _dot(x, eps) / alpha
+    square, state = dot(eps, eps), dot(x, eps) / alpha
     if last_x is None or last_eps is None:
         return Gram(square, zero, zero, zero, state, zero)
     shown = fresh[:, None]
     last = last_eps.to(eps.dtype).masked_fill(shown, 0.0)
     before = last_x.to(eps.dtype).masked_fill(shown, 0.0)
     safe = torch.where(fresh, torch.ones_like(alpha), last_alpha)
-    move = _scaled(1.0 / alpha, x) - _scaled(1.0 / safe, before)
-    return Gram(square, _dot(eps, last), _dot(move, eps), _dot(move, last), state, _dot(x, last) / alpha)
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return (left * right).sum(dim=1).double()
+    move = scaled(1.0 / alpha, x) - scaled(1.0 / safe, before)
+    return Gram(square, dot(eps, last), dot(move, eps), dot(move, last), state, dot(x, last) / alpha)
 
 
 def launch_torch(

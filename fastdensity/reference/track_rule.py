@@ -24,6 +24,8 @@ FASTEST_FALL, FASTEST_RISE = -3.0, 1.0  # of ln ||eps||^2 per unit of l, where i
 SHORTEST, LONGEST = 0.5, 2.0  # what guidance may make of the distance to the local mode in one step
 NEAREST = 0.1  # of the typical distance: nearer to the mode no push goes
 
+COEFFICIENTS = ("alpha_next", "sigma_next", "repair", "cfg_scale", "noise_scale", "carry")  # finite, of any sign
+
 Numbers = dict[str, Tensor]
 Decision = tuple[Tensor, Tensor, Tensor]  # eta - 1, commanded - realised, flags
 
@@ -70,14 +72,7 @@ def _problems(scheme: str, now: Numbers, rate: Tensor, gram: Gram) -> Tensor:
     bad = bad | ~rate.isfinite()
     if scheme != "corrector":  # there the step is already over
         bad = bad | ~(now["alpha"] * now["sigma_end"] < now["sigma"] * now["alpha_end"])
-    for name in (
-        "alpha_next",
-        "sigma_next",
-        "repair",
-        "cfg_scale",
-        "noise_scale",
-        "carry",
-    ):  # coefficients, of any sign
+    for name in COEFFICIENTS:
         bad = bad | ~now[name].isfinite()
     flags = flags | bad.to(torch.int64) * rules.FLAG_BAD_PARAMETER
     flags = flags | (gram.square == 0).to(torch.int64) * rules.FLAG_ZERO_SCORE

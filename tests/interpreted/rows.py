@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from rows_cases import Problem, all_problems, assert_as_good_as_eager, random_problem
+from rows_cases import Problem, all_problems, assert_as_good_as_eager, number_forms, random_problem
 
 import fastdensity as fd
 from fastdensity import rules
@@ -106,16 +106,8 @@ def test_mixed_dtypes(dtype, state_dtype):
 
 
 def test_parameters_in_every_form():
-    """Floats, 0-dimensional, one for all rows, one per row, strided, expanded; float32 and float64."""
     problem = random_problem("step", "sample", rows=3, columns=40, noise="given", per_row=False)
-    forms = (
-        lambda value: value,
-        lambda value: torch.tensor(value),
-        lambda value: torch.tensor([value], dtype=torch.float64),
-        lambda value: torch.full((3,), value),
-        lambda value: torch.tensor([[value, math.nan]] * 3, dtype=torch.float64)[:, 0],
-        lambda value: torch.tensor(value, dtype=torch.float64).expand(3),
-    )
+    forms = number_forms(3)
     for shift in range(len(forms)):
         made = tuple(forms[(i + shift) % len(forms)](value) for i, value in enumerate(problem.parameters))
         varied = Problem(problem.rule, problem.kind, problem.operands, made, None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from rows_cases import number_forms
 from track_runs import FRESH_ROW, SDE_ROW, assert_as_good_as_eager, launch, random_call
 
 from fastdensity import rules
@@ -100,17 +101,9 @@ def test_mixed_dtypes(dtype, state_dtype):
 
 
 def test_parameters_in_every_form():
-    """Floats, 0-dimensional, one for all rows, one per row, strided, expanded; float32 and float64."""
     call = random_call("edm", rows=3, columns=40)
     values = [float(p[0]) if isinstance(p, torch.Tensor) else p for p in call.parameters]
-    forms = (
-        lambda value: value,
-        lambda value: torch.tensor(value),
-        lambda value: torch.tensor([value], dtype=torch.float64),
-        lambda value: torch.full((3,), value),
-        lambda value: torch.tensor([[value, math.nan]] * 3, dtype=torch.float64)[:, 0],
-        lambda value: torch.tensor(value, dtype=torch.float64).expand(3),
-    )
+    forms = number_forms(3)
     for shift in range(len(forms)):
         made = [forms[(i + shift) % len(forms)](value) for i, value in enumerate(values)]
         varied = call.with_parameters(**dict(zip(PARAMETERS, made, strict=True)))
