@@ -56,6 +56,8 @@ class TrackKernel {
 
   void finish(const TrackParameters& now, const TrackMemory& before, TrackGram gram, std::int64_t row) const {
     gram.square = as_held<Real>(gram.square);
+    // eps may be finite where the state is not, if it is the prediction itself: the row is broken all the same
+    if (!std::isfinite(gram.state)) gram.square = NAN;
     gram.state /= now.alpha, gram.state_last /= now.alpha;
     TrackMemory after;
     const TrackReport report = track::decide(call_.scheme, call_.columns, now, before, gram, after);

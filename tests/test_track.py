@@ -208,6 +208,23 @@ def test_broken_last_vectors_begin_anew(backend: str) -> None:
     assert after.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", rules.PREDICTION_TYPES)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_state_that_broke_keeps_its_books(backend: str, kind: str) -> None:
+    """Also where eps is the prediction itself, which may be finite when x is not."""
+    walk = Walk(2)
+    x, *others = walk.operands(kind, torch.float64)
+    assert x is not None
+    for value in (math.nan, math.inf):
+        x[0, 7] = value
+        with use(backend):
+            _, report, after = run(kind, "direct", (x, *others), parameters(walk.here, walk.end), walk.memory)
+        assert report[:, 3].tolist() == [rules.FLAG_NON_FINITE, 0]
+        assert report[0, 0] == 0
+        assert after.isfinite().all()
+        assert after[0, MEMORY.index("steps")] == 0
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_cancelling_predictions_keep_their_digits(backend: str) -> None:
     """eps = (x - alpha x0) / sigma at a small sigma: rounded once, not once a term."""
@@ -293,6 +310,18 @@ class TestState:
         assert step.sample.data_ptr() == x.data_ptr()
         assert state.sample is not None
         assert torch.equal(state.sample, start)
+
+    def test_both_ways_report_the_flags_of_the_loop(self) -> None:
+        x = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
+        path = levels(3)
+        _, state = self.loop(range(1), x, fd.GuidanceState.fresh(x))
+        ends = {"alpha": path[2][0], "sigma": path[2][1], "alpha_next": 0.99, "sigma_next": 0.1}
+        kept = fd.GuidanceState.from_state_dict(state.state_dict())
+        report = torch.empty(2, 4)
+        fd.guide_prediction(x, x, **ends, shift=1e6, state=state, report=report)
+        step = fd.guided_step(x, x, **ends, shift=1e6, state=kept)
+        assert report[:, 3].tolist() == [rules.FLAG_STALE_STATE | rules.FLAG_LIMITED] * 2
+        assert torch.equal(step.flags, report[:, 3].long())
 
     def test_prediction_then_step_is_the_step(self) -> None:
         x = torch.randn(3, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -137,6 +137,7 @@ def guide_prediction(
     place = (check_number("alpha", alpha, sample, 0.0), check_number("sigma", sigma, sample, 0.0))
     push = _check_push(q, shift, gain, sample)
     scale, data = _check_cfg(uncond, cfg_scale, sample), _check_sigma_data(sigma_data, sample)
+    numbers: Tensor | None = None
     if state is not None:
         if alpha_next is None or sigma_next is None:
             raise ValueError("alpha_next and sigma_next must be given with state: where the step is going to end")
@@ -150,7 +151,9 @@ def guide_prediction(
         push = (0.5, 0.0, numbers[:, 0])
     parameters = (*place, 1.0, 1.0, *push, scale, 0.0, data)
     operands = (sample, prediction, uncond, None)
-    return run("prediction", kind, operands, parameters, None, out, report, "prediction")[0]
+    guided = run("prediction", kind, operands, parameters, None, out, report, "prediction")[0]
+    _add_flags(report, numbers)
+    return guided
 
 
 def guided_step(
@@ -228,9 +231,14 @@ def guided_step(
     operands = (sample, prediction, uncond, noise)
     result, report = run("step", kind, operands, parameters, noise_key, out, True, "sample")
     assert report is not None
-    if numbers is not None:
-        report[:, 3] = (report[:, 3].to(torch.int64) | numbers[:, 3].to(torch.int64)).to(report.dtype)
+    _add_flags(report, numbers)
     return StepResult(result, report)
+
+
+def _add_flags(report: Tensor | None, numbers: Tensor | None) -> None:
+    """Into a step's report (B, 4), the flags of the closed loop's, if there are both."""
+    if report is not None and numbers is not None:
+        report[:, 3] = (report[:, 3].to(torch.int64) | numbers[:, 3].to(torch.int64)).to(report.dtype)
 
 
 def _check_step_exists(kind: str, alpha: Parameter, sigma: Parameter) -> None:
