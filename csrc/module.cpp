@@ -145,24 +145,34 @@ void rows_cuda_entry(int rule, int type, std::int64_t rows, std::int64_t columns
 }
 #endif
 
-// (scheme, prediction type, rows, columns, double arithmetic?)
-using TrackArgument = std::tuple<int, int, std::int64_t, std::int64_t, bool>;
+// (scheme, rule of the step, prediction type, rows, columns, double arithmetic?)
+using TrackArgument = std::tuple<int, int, int, std::int64_t, std::int64_t, bool>;
 
+double* doubles(nb::handle tensor) {
+  return static_cast<double*>(writable(integer(call_method(tensor, names().data_ptr))));
+}
+
+// `operands` are (x, prediction, uncond, last x, last eps, noise), `results` (eps, report, memory) of the loop, `out`
+// and `step_report` those of the step, None if there is none.
 void track_cpu_entry(TrackArgument argument, nb::tuple operands, nb::tuple parameters, nb::handle memory,
-                     nb::handle eps, nb::handle report, nb::handle memory_out, int threads) {
-  int scheme = 0, type = 0;
+                     nb::tuple results, nb::handle out, nb::handle step_report, std::uint64_t seed,
+                     nb::handle sample_ids, std::uint32_t step, int threads) {
+  const auto [scheme, rule, type, rows, columns, in_double] = argument;
+  if (scheme < 0 || scheme > 2) throw std::invalid_argument("unknown scheme");
+  if (operands.size() != 6 || results.size() != 3 || parameters.size() != kTrackParameters)
+    throw std::invalid_argument("wrong tuple");
   TrackCall call;
-  std::tie(scheme, type, call.rows, call.columns, call.in_double) = argument;
-  if (scheme < 0 || scheme > 2 || type < 0 || type > 6) throw std::invalid_argument("unknown scheme or prediction type");
-  if (operands.size() != 5 || parameters.size() != kTrackParameters) throw std::invalid_argument("wrong tuple");
-  call.scheme = static_cast<TrackScheme>(scheme), call.type = static_cast<PredictionType>(type);
-  Rows* const targets[] = {&call.x, &call.prediction, &call.uncond, &call.last_x, &call.last_eps};
-  for (int i = 0; i < 5; ++i) *targets[i] = rows_of(operands[i], call.columns);
+  call.step = make_call(rule, type, rows, columns, true, operands[0], operands[1], operands[2], operands[5], out,
+                        nb::tuple(), step_report, seed, sample_ids, step);
   for (int i = 0; i < kTrackParameters; ++i) call.parameters[i] = parameter_of(parameters[i]);
-  call.memory = static_cast<const double*>(rows_of(memory, kTrackMemory).data);
-  call.eps = const_cast<void*>(rows_of(eps, call.columns).data);
-  call.report = static_cast<double*>(const_cast<void*>(rows_of(report, 4).data));
-  call.memory_out = static_cast<double*>(const_cast<void*>(rows_of(memory_out, kTrackMemory).data));
+  // the step's alpha, sigma, alpha_next and sigma_next; its q; cfg_scale, noise_scale and sigma_data
+  std::copy_n(call.parameters, 4, call.step.parameters);
+  call.step.parameters[4].value = 0.5;
+  std::copy_n(call.parameters + 9, 3, call.step.parameters + 7);
+  call.scheme = static_cast<TrackScheme>(scheme), call.in_double = in_double;
+  call.last_x = rows_of(operands[3], columns), call.last_eps = rows_of(operands[4], columns);
+  call.memory = doubles(memory), call.memory_out = doubles(results[2]);
+  call.eps = writable(integer(call_method(results[0], names().data_ptr))), call.report = doubles(results[1]);
   nb::gil_scoped_release release;
   track_cpu(call, threads);
 }
@@ -434,7 +444,9 @@ NB_MODULE(_native, m) {
         nb::arg("contiguous"), nb::arg("v0").none(), nb::arg("v1").none(), nb::arg("uncond").none(),
         nb::arg("v2").none(), nb::arg("out"), nb::arg("parameters"), nb::arg("report").none(), nb::arg("seed"),
         nb::arg("sample_ids").none(), nb::arg("step"), nb::arg("threads"));
-  m.def("track_cpu", &track_cpu_entry);
+  m.def("track_cpu", &track_cpu_entry, nb::arg("call"), nb::arg("operands"), nb::arg("parameters"), nb::arg("memory"),
+        nb::arg("results"), nb::arg("out").none(), nb::arg("step_report").none(), nb::arg("seed"),
+        nb::arg("sample_ids").none(), nb::arg("step"), nb::arg("threads"));
   m.def("make_probes_cpu", &make_probes_entry);
   m.def("probe_forms_cpu", &probe_forms_entry);
   m.def("dual_softmax_cpu", &dual_softmax_entry);

@@ -79,12 +79,12 @@ constexpr int kTrackParameters = 14, kTrackMemory = 20;
 
 struct TrackCall {
   TrackScheme scheme = TrackScheme::direct;
-  PredictionType type = PredictionType::epsilon;
-  std::int64_t rows = 0;
-  std::int64_t columns = 0;
-  Rows x, prediction, uncond, last_x, last_eps;  // the last three may be absent
-  bool in_double = false;                        // the type of sums and of eps
-  void* eps = nullptr;                           // (rows, columns) dense
+  // What is made of the rows with the eta decided on: rule `step` or `prediction`, q = 1/2, shift and gain 0; its
+  // operands are the loop's, too. Without `out` and `report` the loop only decides.
+  RowsCall step;
+  Rows last_x, last_eps;   // may be absent
+  bool in_double = false;  // the type of sums and of eps
+  void* eps = nullptr;     // (rows, columns) dense
   Parameter parameters[kTrackParameters];
   const double* memory = nullptr;  // (rows, kTrackMemory)
   double* memory_out = nullptr;    // likewise, separate memory

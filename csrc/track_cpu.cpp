@@ -1,11 +1,10 @@
-// The closed loop on CPU: fastdensity/reference/track.py. One pass over a row makes eps and the six inner products that
-// csrc/track_rule.h decides from. Chunks and sums as in rows_cpu.cpp: a row's bits depend on nothing but the row.
+// The closed loop on CPU: fastdensity/reference/track.py. A row's first pass makes eps and the six inner products that
+// csrc/track_rule.h decides from, beside the sums of the step; its second one writes the step with the eta decided on.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
-#include "ops.h"
-#include "rows_operands.h"
+#include "rows_kernel.h"
+#include "rows_run.h"
 #include "track_rule.h"
 
 namespace fastdensity {
@@ -16,7 +15,63 @@ using simd::kChunk;
 template <typename Real>
 class TrackKernel {
  public:
-  explicit TrackKernel(const TrackCall& call) : call_(call) {}
+  struct Plan {
+    TrackParameters now;
+    TrackMemory before;
+    RowPlan step;
+  };
+
+  struct Sums {
+    TrackGram gram;
+    RowSums step;
+
+    void operator+=(const Sums& other) { gram += other.gram, step += other.step; }
+  };
+
+  struct Numbers {
+    TrackReport loop;
+    RowReport step;
+  };
+
+  explicit TrackKernel(const TrackCall& call) : call_(call), step_(call.step) {}
+
+  bool writes() const { return call_.step.out; }
+
+  Plan plan(std::int64_t row) const {
+    Plan result{parameters(row), memory(row), {}};
+    if (writes()) result.step = step_.plan(row);
+    return result;
+  }
+
+  Sums sums(const Plan& plan, std::int64_t row, std::int64_t begin, std::int64_t size) const {
+    Sums result;
+    result.gram = products(plan.now, plan.before, row, begin, size);
+    if (writes()) result.step = step_.sums(plan.step, row, begin, size);
+    return result;
+  }
+
+  Numbers finish(Plan& plan, std::int64_t row, const Sums& total) const {
+    Numbers result{decide(plan, row, total.gram), {}};
+    if (!writes()) return result;
+    plan.step.gain = result.loop.eta_minus_one;
+    result.step = step_.finish(plan.step, row, total.step);
+    result.step.flags |= static_cast<int>(result.loop.flags);
+    return result;
+  }
+
+  bool combine(const Plan& plan, std::int64_t row, std::int64_t begin, std::int64_t size) const {
+    return step_.combine(plan.step, row, begin, size);
+  }
+
+  void report(const Plan& plan, std::int64_t row, const Numbers& numbers, bool finite) const {
+    std::memcpy(call_.report + 4 * row, &numbers.loop, sizeof(numbers.loop));
+    if (writes()) step_.report(plan.step, row, numbers.step, finite);
+  }
+
+ private:
+  struct Scratch {
+    alignas(64) Real x[kChunk], prediction[kChunk], uncond[kChunk], last_x[kChunk], last_eps[kChunk], move[kChunk];
+  };
 
   TrackParameters parameters(std::int64_t row) const {
     double values[kTrackParameters];
@@ -35,8 +90,8 @@ class TrackKernel {
   TrackGram products(const TrackParameters& now, const TrackMemory& before, std::int64_t row, std::int64_t begin,
                      std::int64_t size) const {
     Scratch scratch;
-    const Real* x = vector_of(call_.x, row, begin, size, scratch.x);
-    Real* eps = static_cast<Real*>(call_.eps) + row * call_.columns + begin;
+    const Real* x = vector_of(call_.step.v0, row, begin, size, scratch.x);
+    Real* eps = static_cast<Real*>(call_.eps) + row * call_.step.columns + begin;
     write_eps(now, x, row, begin, size, scratch, eps);
     TrackGram gram;
     gram.square = simd::sum_of_squares(eps, size);
@@ -54,29 +109,24 @@ class TrackKernel {
     return gram;
   }
 
-  void finish(const TrackParameters& now, const TrackMemory& before, TrackGram gram, std::int64_t row) const {
+  TrackReport decide(const Plan& plan, std::int64_t row, TrackGram gram) const {
     gram.square = as_held<Real>(gram.square);
     // eps may be finite where the state is not, if it is the prediction itself: the row is broken all the same
     if (!std::isfinite(gram.state)) gram.square = NAN;
-    gram.state /= now.alpha, gram.state_last /= now.alpha;
+    gram.state /= plan.now.alpha, gram.state_last /= plan.now.alpha;
     TrackMemory after;
-    const TrackReport report = track::decide(call_.scheme, call_.columns, now, before, gram, after);
+    const TrackReport report = track::decide(call_.scheme, call_.step.columns, plan.now, plan.before, gram, after);
     std::memcpy(call_.memory_out + row * kTrackMemory, &after, sizeof(after));
-    std::memcpy(call_.report + 4 * row, &report, sizeof(report));
+    return report;
   }
-
- private:
-  struct Scratch {
-    alignas(64) Real x[kChunk], prediction[kChunk], uncond[kChunk], last_x[kChunk], last_eps[kChunk], move[kChunk];
-  };
 
   void write_eps(const TrackParameters& now, const Real* x, std::int64_t row, std::int64_t begin, std::int64_t size,
                  Scratch& scratch, Real* eps) const {
-    const Real* prediction = combined_prediction(call_.prediction, call_.uncond, now.cfg_scale, row, begin, size,
+    const Real* prediction = combined_prediction(call_.step.v1, call_.step.uncond, now.cfg_scale, row, begin, size,
                                                  scratch.prediction, scratch.uncond);
     const double norm = edm_norm(now.alpha, now.sigma, now.sigma_data);
     double along_x, along_p, scale;
-    fastdensity::direction(call_.type, now.alpha, now.sigma, now.sigma_data, norm, &along_x, &along_p, &scale);
+    fastdensity::direction(call_.step.type, now.alpha, now.sigma, now.sigma_data, norm, &along_x, &along_p, &scale);
     simd::Terms<Real> direction, scaled;  // the scale outside: x - alpha p cancels, and is to be rounded once
     direction.add(Real(along_p), prediction);
     if (along_x != 0.0) direction.add(Real(along_x), x);
@@ -87,43 +137,19 @@ class TrackKernel {
   }
 
   const TrackCall& call_;
+  const RowKernel<Real> step_;
 };
-
-void add(TrackGram& total, const TrackGram& part) {
-  total.square += part.square, total.turn += part.turn, total.move += part.move, total.move_last += part.move_last;
-  total.state += part.state, total.state_last += part.state_last;
-}
-
-template <typename Real>
-void run(const TrackCall& call, int threads) {
-  const TrackKernel<Real> kernel(call);
-  const std::int64_t chunks = (call.columns + kChunk - 1) / kChunk, pieces = call.rows * chunks;
-  if (call.rows * call.columns <= kSerialElements) threads = 1;
-  std::vector<TrackGram> parts(pieces);
-  const auto piece = [&](std::int64_t index) {
-    const std::int64_t row = index / chunks, begin = index % chunks * kChunk;
-    const std::int64_t size = std::min(kChunk, call.columns - begin);
-    parts[index] = kernel.products(kernel.parameters(row), kernel.memory(row), row, begin, size);
-  };
-  if (threads == 1) {
-    for (std::int64_t index = 0; index < pieces; ++index) piece(index);
-  } else {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t index = 0; index < pieces; ++index) piece(index);
-  }
-  for (std::int64_t row = 0; row < call.rows; ++row) {
-    TrackGram total;
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) add(total, parts[row * chunks + chunk]);
-    kernel.finish(kernel.parameters(row), kernel.memory(row), total, row);
-  }
-}
 
 }  // namespace
 
 void track_cpu(const TrackCall& call, int threads) {
-  if (call.rows <= 0 || call.columns <= 0) return;
+  const RowsCall& step = call.step;
+  if (step.rows <= 0 || step.columns <= 0) return;
   threads = std::max(threads, 1);
-  call.in_double ? run<double>(call, threads) : run<float>(call, threads);
+  if (call.in_double)
+    rows_run::run(TrackKernel<double>(call), step.rows, step.columns, threads);
+  else
+    rows_run::run(TrackKernel<float>(call), step.rows, step.columns, threads);
 }
 
 }  // namespace fastdensity

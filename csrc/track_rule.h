@@ -8,6 +8,8 @@ namespace fastdensity {
 
 struct TrackGram {
   double square = 0, turn = 0, move = 0, move_last = 0, state = 0, state_last = 0;
+
+  FASTDENSITY_HOST_DEVICE void operator+=(const TrackGram& other);
 };
 
 struct TrackParameters {
@@ -25,6 +27,11 @@ static_assert(sizeof(TrackMemory) == kTrackMemory * sizeof(double));
 struct TrackReport {
   double eta_minus_one, sq_norm, deficit, flags;
 };
+
+FASTDENSITY_HOST_DEVICE void TrackGram::operator+=(const TrackGram& other) {
+  square += other.square, turn += other.turn, move += other.move, move_last += other.move_last;
+  state += other.state, state_last += other.state_last;
+}
 
 namespace track {
 

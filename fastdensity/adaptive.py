@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdensity.quadrature import Step
 from fastdensity.sums import pairwise_sum
-from fastdensity.trajectory import Step, Trajectory
+from fastdensity.trajectory import Trajectory
 
 MOST_STEPS = 10_000  # of a row between two entries of the grid, tried and rejected ones included
 SMALLEST_STEP = 1e-9  # of the way, after which a row without finite numbers is given up

@@ -118,7 +118,7 @@ def sample(
         x = solve(run, latents.detach())
         flags = run.flags | non_finite(x)
         density = std_err = None
-        state = run.state
+        state = run.loop.state
         if log_prob:
             density = log_normal_density(latents, run.path(levels[0])[1]) + run.log_change
             std_err = run.log_variance.sqrt()

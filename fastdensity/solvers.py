@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastdensity.conversions import to_sample
+from fastdensity.quadrature import adams_bashforth_weight
 from fastdensity.trajectory import Trajectory
 
 Solver = Callable[[Trajectory, Tensor], Tensor]
@@ -65,7 +66,7 @@ def dpmpp_2m(run: Trajectory, x: Tensor) -> Tensor:
     for step in run.steps():
         point = run.evaluate(x, step.lam, step)
         carry = 0.0 if before is None else step.size / (step.lam - run.grid[step.index - 1]) / 2
-        weight = _adams_bashforth_weight(run.grid, step.index)
+        weight = adams_bashforth_weight(run.grid, step.index)
         guided = run.guided_prediction(point, weight, step, carry=carry)
         data = to_sample(guided, x, point.alpha, point.sigma, problem.kind, problem.sigma_data)
         alpha_next, sigma_next = run.path(step.lam_next)
@@ -76,21 +77,6 @@ def dpmpp_2m(run: Trajectory, x: Tensor) -> Tensor:
         before = data
         run.finish(step, x)
     return x
-
-
-def _adams_bashforth_weight(grid: list[float], index: int) -> float:
-    """What the rate at grid[index] counts in the whole sum: 1 + r/2 in its own step, -r/2 in the next one.
-
-    Summed here, not step by step, as the variance of an estimated rate has to be weighed by the square of the whole.
-    """
-    size = grid[index + 1] - grid[index]
-    weight = size
-    if index > 0:
-        weight += size * size / (2.0 * (grid[index] - grid[index - 1]))
-    if index + 2 < len(grid):
-        after = grid[index + 2] - grid[index + 1]
-        weight -= after * after / (2.0 * size)
-    return weight
 
 
 SOLVERS: dict[str, Solver] = {"euler": euler, "ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,31 +15,16 @@ import torch
 from torch import Tensor
 
 from fastdensity import rules
-from fastdensity.boundary import check_number
+from fastdensity.closed_loop import ClosedLoop, Numbers, flags_of
 from fastdensity.conversions import to_epsilon
 from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
 from fastdensity.flow import drift_from_epsilon
 from fastdensity.guidance import Guidance, Number
 from fastdensity.ops.rows import guide_prediction, guided_step
-from fastdensity.ops.state import GuidanceState
-from fastdensity.ops.track import track
+from fastdensity.quadrature import Step, one_evaluation_weight
 from fastdensity.sums import row_dot, row_sum
 
 Callback = Callable[[int, float, Tensor], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """From lam to lam_next, the index-th of the run; size is negative when encoding."""
-
-    index: int
-    lam: float
-    lam_next: float
-
-    @property
-    def size(self) -> float:
-        """lam_next - lam."""
-        return self.lam_next - self.lam
 
 
 class Trajectory:
@@ -49,7 +33,7 @@ class Trajectory:
     Attributes:
         log_change: (B,) float64, what log p gained so far, in nats; log_variance: (B,) of its estimate.
         flags: (B,) bits of `fastdensity.rules.FLAG_*` seen. evaluations: of the network.
-        state: of the guidance's closed loop, None where nothing is tracked.
+        loop: of guidance that tracks.
     """
 
     def __init__(
@@ -68,7 +52,7 @@ class Trajectory:
         self.log_change = torch.zeros_like(ids, dtype=torch.float64)
         self.log_variance = torch.zeros_like(self.log_change)
         self.evaluations = 0
-        self.state: GuidanceState | None = None
+        self.loop = ClosedLoop(problem, grid, guidance)
 
     def steps(self) -> Iterator[Step]:
         """The steps of the grid, in order."""
@@ -98,22 +82,36 @@ class Trajectory:
         One pass, unless noise is added whole: that moves log p too, by sigma s.dW = -eps.z sqrt(dlam).
         """
         scale = self._noise_scale(point, step)
-        self._close_loop(point, step, "direct", (alpha_next, sigma_next), scale)
+        numbers = self.loop.numbers(point, step, (alpha_next, sigma_next), scale)
+        self._stretch(point, step, numbers)
         if point.push.projected:
-            return self._move(point, step, alpha_next, sigma_next, scale)
-        moved, noise = self._move(point, step, alpha_next, sigma_next, 0.0), self._draw_noise(point.x, step)
+            return self._move(point, step, alpha_next, sigma_next, scale, numbers)
+        moved = self._move(point, step, alpha_next, sigma_next, 0.0, numbers)
+        noise = self._draw_noise(point.x, step)
         if self.problem.tracks:
             self.log_change -= math.sqrt(step.size) * row_dot(point.epsilon(), noise)
         return moved + scale * noise
 
     def _move(
-        self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
+        self,
+        point: Evaluation,
+        step: Step,
+        alpha_next: float,
+        sigma_next: float,
+        scale: float | Tensor,
+        numbers: Numbers | None,
     ) -> Tensor:
         """The guided step, with projected noise of standard deviation `scale`."""
         if not (alpha_next > 0 and sigma_next > 0):
-            return self._overshoot(point, step, alpha_next, sigma_next, scale)
+            return self._overshoot(point, step, alpha_next, sigma_next, scale, numbers)
         problem, push = self.problem, point.push
         noisy = isinstance(scale, Tensor) or scale != 0
+        noise = self.noise[step.index] if noisy and self.noise is not None else None
+        if numbers is not None:
+            key = (problem.seed, problem.sample_ids, step.index) if noisy and noise is None else None
+            moved, report = self.loop.step(point, numbers, noise, key)
+            self._record(point, self._weight(step), report)
+            return moved
         result = guided_step(
             point.x,
             point.prediction,
@@ -126,9 +124,9 @@ class Trajectory:
             gain=push.gain,
             prediction_type=problem.kind,
             sigma_data=problem.sigma_data,
-            noise=self.noise[step.index] if noisy and self.noise is not None else None,
+            noise=noise,
             noise_scale=scale,
-            seed=problem.seed if noisy and self.noise is None else None,
+            seed=problem.seed if noisy and noise is None else None,
             sample_ids=problem.sample_ids,
             step=step.index,
         )
@@ -143,8 +141,10 @@ class Trajectory:
         In x's dtype because eta - 1 is lost where a half precision prediction would be rounded again. `scheme` and
         `carry` say how the solver goes on from it (`fastdensity.reference.track`).
         """
-        self._close_loop(point, step, scheme, self.path(step.lam_next), 0.0, carry)
-        return self._guide_and_record(point, weight)
+        numbers = self.loop.numbers(point, step, self.path(step.lam_next), 0.0, carry)
+        if scheme != "corrector":
+            self._stretch(point, step, numbers)
+        return self._guide_and_record(point, weight, numbers, scheme)
 
     def guided_epsilon(self, point: Evaluation, weight: float, step: Step, scheme: str) -> Tensor:
         """eta eps (B, *); log p gains weight times its rate here."""
@@ -163,9 +163,9 @@ class Trajectory:
         guided, report = self._guide(point)
         eps = self._to_epsilon(point, guided)
         drift = drift_from_epsilon(eps, point.x, point.lam, self.schedule)
-        eta_minus_one, sq_norm, _, flags = report.unbind(dim=1)
+        eta_minus_one, sq_norm, _, _ = report.unbind(dim=1)
         if point.push is not UNGUIDED:
-            self.flags |= flags.to(torch.int64) & ~rules.FLAG_NON_FINITE
+            self.flags |= flags_of(report) & ~rules.FLAG_NON_FINITE
         if not problem.tracks:
             return drift, torch.zeros_like(self.log_change), torch.zeros_like(self.log_change)
         return drift, *point.log_density_rate(eta_minus_one, sq_norm)
@@ -175,43 +175,11 @@ class Trajectory:
         if self.callback is not None:
             self.callback(step.index, step.lam_next, x)
 
-    def _close_loop(
-        self,
-        point: Evaluation,
-        step: Step,
-        scheme: str,
-        ends: tuple[float, float],
-        noise_scale: float | Tensor,
-        carry: float = 0.0,
-    ) -> None:
-        """Puts the eta that the closed loop decides on in the place of the push that was asked for."""
-        guidance, push, problem = self.guidance, point.push, self.problem
-        if guidance is None or not self._in_loop(point):
-            return
-        if self.state is None:
-            self.state = GuidanceState.fresh(point.x)
-        alpha_end, sigma_end = self.path(step.lam_next)
-        if problem.tracks and scheme != "corrector":  # the flow's stretching is known without a quadrature
-            self.log_change -= problem.dimension * math.log(alpha_end / float(point.alpha))
-        final = step.index == len(self.grid) - 2 or not guidance.active(step.lam_next)
-        numbers = {
-            "alpha": point.alpha,
-            "sigma": point.sigma,
-            "alpha_next": ends[0],
-            "sigma_next": ends[1],
-            "alpha_end": alpha_end,
-            "sigma_end": sigma_end,
-            "q": check_number("q", push.q, point.x, 0.0, 1.0, True),
-            "shift": check_number("shift", push.shift, point.x),
-            "repair": check_number("repair", push.repair, point.x),
-            "noise_scale": check_number("noise_scale", noise_scale, point.x, 0.0),
-            "sigma_data": problem.sigma_data,
-            "carry": carry,
-            "final": float(final),
-        }
-        report = track(self.state, point.x, point.prediction, None, problem.kind, scheme, numbers)
-        self.flags |= report[:, 3].to(torch.int64)
-        point.push = replace(push, q=0.5, shift=0.0, repair=0.0, gain=report[:, 0])
+    def _stretch(self, point: Evaluation, step: Step, numbers: Numbers | None) -> None:
+        """In the loop the flow's stretching over a step is known without a quadrature."""
+        if self.problem.tracks and numbers is not None:
+            ratio = float(self.schedule.alpha(step.lam_next)) / float(point.alpha)
+            self.log_change -= self.problem.dimension * math.log(ratio)
 
     def _guide(self, point: Evaluation) -> tuple[Tensor, Tensor]:
         """The prediction whose noise is eta eps (B, *) in x's dtype, and the kernel's report (B, 4)."""
@@ -231,8 +199,10 @@ class Trajectory:
         )
         return guided, report
 
-    def _guide_and_record(self, point: Evaluation, weight: float) -> Tensor:
-        guided, report = self._guide(point)
+    def _guide_and_record(
+        self, point: Evaluation, weight: float, numbers: Numbers | None, scheme: str = "direct"
+    ) -> Tensor:
+        guided, report = self._guide(point) if numbers is None else self.loop.prediction(point, numbers, scheme)
         self._record(point, weight, report)
         return guided
 
@@ -262,10 +232,17 @@ class Trajectory:
         return drawn.sample
 
     def _overshoot(
-        self, point: Evaluation, step: Step, alpha_next: float, sigma_next: float, scale: float | Tensor
+        self,
+        point: Evaluation,
+        step: Step,
+        alpha_next: float,
+        sigma_next: float,
+        scale: float | Tensor,
+        numbers: Numbers | None,
     ) -> Tensor:
         """The same step where Euler's is so long that alpha or sigma would end below 0, which no kernel takes."""
-        x, eps = point.x, self._to_epsilon(point, self._guide_and_record(point, self._weight(step)))
+        x, guided = point.x, self._guide_and_record(point, self._weight(step), numbers)
+        eps = self._to_epsilon(point, guided)
         along_eps = sigma_next - alpha_next * (point.sigma / point.alpha)
         moved = (alpha_next / point.alpha) * x + along_eps * eps
         if not isinstance(scale, Tensor) and scale == 0:
@@ -278,47 +255,18 @@ class Trajectory:
         return moved + scale.reshape(shape) * (noise - along.reshape(shape) * eps)
 
     def _record(self, point: Evaluation, weight: float, report: Tensor) -> None:
-        eta_minus_one, sq_norm, _, flags = report.unbind(dim=1)
+        eta_minus_one, sq_norm, _, _ = report.unbind(dim=1)
         # a row without a score is no finding in a step that nobody asked to guide
-        seen = flags.to(torch.int64)
+        seen = flags_of(report)
         self.flags |= seen & rules.FLAG_NON_FINITE if point.push is UNGUIDED else seen
         if self.problem.tracks:
-            books = self._in_loop(point)
-            rate, std_err = point.flow_rate() if books else point.log_density_rate(eta_minus_one, sq_norm)
+            in_loop = self.loop.holds(point)
+            rate, std_err = point.flow_rate() if in_loop else point.log_density_rate(eta_minus_one, sq_norm)
             self.log_change += weight * rate
             self.log_variance += (weight * std_err) ** 2
 
-    def _in_loop(self, point: Evaluation) -> bool:
-        """Is what happens here decided, and kept account of, by the closed loop?"""
-        return point.push is not UNGUIDED and self.guidance is not None and self.guidance.track
-
     def _weight(self, step: Step) -> float:
-        """What the rate at the begin of a one-evaluation step counts: the step's length, by the left-hand rule.
-
-        Where the loop is closed the divergence is the only error left in log p, so there it goes by the trapezoid
-        rule, whose right end is the next step's evaluation; the grid's last step by extrapolation.
-        """
-        before, weight = self._step_before(step), step.size
-        if self._is_closed(step):
-            weight = step.size / 2.0
-            if step.lam_next == self.grid[-1]:
-                weight = step.size * (1.0 + (0.0 if before is None else step.size / (2.0 * before.size)))
-        if before is not None and self._is_closed(before):
-            weight += before.size / 2.0
-        after = self.grid[step.index + 2] if step.index + 2 < len(self.grid) else None
-        if after == self.grid[-1] and after is not None:
-            last = Step(step.index + 1, step.lam_next, after)
-            if self._is_closed(last):
-                weight -= last.size * last.size / (2.0 * step.size)
-        return weight
-
-    def _step_before(self, step: Step) -> Step | None:
-        """The step that led to this one."""
-        return None if step.index == 0 else Step(step.index - 1, self.grid[step.index - 1], step.lam)
-
-    def _is_closed(self, step: Step) -> bool:
-        guidance = self.guidance
-        return guidance is not None and guidance.track and guidance.active(step.lam)
+        return one_evaluation_weight(self.grid, step.index, self.loop.is_closed)
 
 
 def log_normal_density(x: Tensor, sigma: float) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdensity.boundary import check_integer, check_like, check_number, check_sample_ids, check_state
@@ -137,7 +136,7 @@ def guide_prediction(
     place = (check_number("alpha", alpha, sample, 0.0), check_number("sigma", sigma, sample, 0.0))
     push = _check_push(q, shift, gain, sample)
     scale, data = _check_cfg(uncond, cfg_scale, sample), _check_sigma_data(sigma_data, sample)
-    numbers: Tensor | None = None
+    operands = (sample, prediction, uncond, None)
     if state is not None:
         if alpha_next is None or sigma_next is None:
             raise ValueError("alpha_next and sigma_next must be given with state: where the step is going to end")
@@ -147,13 +146,9 @@ def guide_prediction(
         )
         loop = check_loop(scheme, carry, final, place, ends, push[2], sample)
         loop |= {"q": push[0], "shift": push[1], "cfg_scale": scale, "sigma_data": data}
-        numbers = track(state, sample, prediction, uncond, kind, scheme, loop)
-        push = (0.5, 0.0, numbers[:, 0])
+        return track("prediction", kind, scheme, state, operands, loop, None, out, report)[0]
     parameters = (*place, 1.0, 1.0, *push, scale, 0.0, data)
-    operands = (sample, prediction, uncond, None)
-    guided = run("prediction", kind, operands, parameters, None, out, report, "prediction")[0]
-    _add_flags(report, numbers)
-    return guided
+    return run("prediction", kind, operands, parameters, None, out, report, "prediction")[0]
 
 
 def guided_step(
@@ -220,25 +215,16 @@ def guided_step(
     push = _check_push(q, shift, gain, sample)
     scale, data = _check_cfg(uncond, cfg_scale, sample), _check_sigma_data(sigma_data, sample)
     spread = check_number("noise_scale", noise_scale, sample, 0.0)
-    numbers: Tensor | None = None
+    operands = (sample, prediction, uncond, noise)
     if state is not None:
         loop = check_loop("direct", 0.0, final, ends[:2], ends[2:], push[2], sample)
-        before = sample if out is None else sample.clone()  # the state keeps it, and out may be its memory
         loop |= {"q": push[0], "shift": push[1], "cfg_scale": scale, "noise_scale": spread, "sigma_data": data}
-        numbers = track(state, before, prediction, uncond, kind, "direct", loop)
-        push = (0.5, 0.0, numbers[:, 0])
-    parameters = (*ends, *push, scale, spread, data)
-    operands = (sample, prediction, uncond, noise)
-    result, report = run("step", kind, operands, parameters, noise_key, out, True, "sample")
+        result, report = track("step", kind, "direct", state, operands, loop, noise_key, out)
+    else:
+        parameters = (*ends, *push, scale, spread, data)
+        result, report = run("step", kind, operands, parameters, noise_key, out, True, "sample")
     assert report is not None
-    _add_flags(report, numbers)
     return StepResult(result, report)
-
-
-def _add_flags(report: Tensor | None, numbers: Tensor | None) -> None:
-    """Into a step's report (B, 4), the flags of the closed loop's, if there are both."""
-    if report is not None and numbers is not None:
-        report[:, 3] = (report[:, 3].to(torch.int64) | numbers[:, 3].to(torch.int64)).to(report.dtype)
 
 
 def _check_step_exists(kind: str, alpha: Parameter, sigma: Parameter) -> None:

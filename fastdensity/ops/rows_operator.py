@@ -49,25 +49,51 @@ def run(
     everything = operands + parameters
     if noise_key is not None:
         everything = (*everything, noise_key[1])
+    how = prepare(like, operands, everything, out, report, like_name)
+    given_report = report if isinstance(report, Tensor) else None
+    if how == OPERATOR:
+        return _deliver(*_through_operator(rule, kind, operands, parameters, noise_key), out, given_report)
+    if how == DERIVATIVE:
+        return _through_reference(rule, kind, operands, parameters, noise_key, like)
+    results = _launch(rule, kind, operands, parameters, noise_key, out, report, like)
+    mark_written(out, given_report)
+    return results
+
+
+def prepare(
+    like: Tensor,
+    operands: Operands,
+    everything: tuple[Any, ...],
+    out: Tensor | None,
+    report: Tensor | Literal[True] | None,
+    like_name: str,
+) -> int:
+    """Checks what is to be written; says whether a kernel may run: PLAIN, OPERATOR or DERIVATIVE of the boundary."""
     given_report = report if isinstance(report, Tensor) else None
     if out is not None:
         check_out("out", out, like, like_name)
     if report is not None and report is not True:
         _check_report(report, like, operands)
     if _is_compiling():
-        return _deliver(*_through_operator(rule, kind, operands, parameters, noise_key), out, given_report)
+        return OPERATOR
     how = route(everything)
     if out is not None or given_report is not None:
         _check_memory(out, given_report, everything, how)
-    if how == OPERATOR:
-        return _deliver(*_through_operator(rule, kind, operands, parameters, noise_key), out, given_report)
-    if how == DERIVATIVE:
-        return _through_reference(rule, kind, operands, parameters, noise_key, like)
-    results = _launch(rule, kind, operands, parameters, noise_key, out, report, like)
-    for written in (out, given_report):  # autograd must notice that a tensor it may have saved is another one now
-        if written is not None and not written.is_inference():
-            increment_version(written)
-    return results
+    return how
+
+
+def mark_written(*written: Tensor | None) -> None:
+    """Autograd must notice that a tensor it may have saved is another one now."""
+    for tensor in written:
+        if tensor is not None and not tensor.is_inference():
+            increment_version(tensor)
+
+
+def new_result(like: Tensor) -> Tensor:
+    """Dense memory for a result like this."""
+    if like.is_contiguous():  # naming the format costs a fifth of the allocation
+        return torch.empty_like(like)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _check_memory(out: Tensor | None, report: Tensor | None, arguments: tuple[Any, ...], how: int) -> None:
@@ -96,8 +122,7 @@ def _launch(
             operands = _dense_rows(operands)
             break
     if out is None:
-        dense = like.is_contiguous()  # naming the format costs a fifth of the allocation
-        out = torch.empty_like(like) if dense else torch.empty_like(like, memory_format=torch.contiguous_format)
+        out = new_result(like)
     if report is True:
         report = torch.empty((like.shape[0], 4), dtype=reference.compute_dtype(operands), device=like.device)
     if out.numel() == 0:

@@ -6,14 +6,17 @@ kernels is `fastdensity.reference.track`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastdensity._backend import launcher
-from fastdensity.boundary import DERIVATIVE, OPERATOR, check_like, check_number, describe, route
+from fastdensity.boundary import DERIVATIVE, OPERATOR, check_like, check_number, describe
+from fastdensity.ops.rows_operator import mark_written, new_result, prepare
+from fastdensity.ops.rows_operator import run as run_rows
 from fastdensity.ops.state import GuidanceState
+from fastdensity.reference import rows
 from fastdensity.reference import track as reference
 from fastdensity.reference.rows import Parameter, compute_dtype, flatten
 from fastdensity.reference.track import MEMORY, PARAMETERS, Operands
@@ -25,32 +28,56 @@ DEFAULTS: dict[str, Parameter] = {
 
 
 def track(
-    state: GuidanceState,
-    sample: Tensor,
-    prediction: Tensor,
-    uncond: Tensor | None,
+    rule: str,
     kind: str,
     scheme: str,
+    state: GuidanceState,
+    operands: rows.Operands,
     parameters: dict[str, Parameter],
-) -> Tensor:
-    """(B, 4) float64: eta - 1, ||eps||^2, nats commanded less nats realised so far, flags; brings `state` up to date.
+    noise_key: rows.NoiseKey | None = None,
+    out: Tensor | None = None,
+    report: Tensor | Literal[True] | None = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, report) of the rows family's rule "step" or "prediction" with the eta that closes the loop, in one pass.
 
-    Arguments are checked already, but for the state: `scheme` and `parameters` (those without a default must be
-    given) are explained in `fastdensity.reference.track`, `kind` is a canonical prediction type. With the scheme
-    "corrector" the state keeps the vectors of the step's beginning.
+    `state` is brought up to date. Arguments are checked already, but for the state and for what is written: `scheme`
+    and `parameters` (those without a default must be given) are explained in `fastdensity.reference.track`, `kind` is
+    a canonical prediction type, operands are those of `fastdensity.reference.rows`. With the scheme "corrector" the
+    state keeps the vectors of the step's beginning. The flags of `report` are the loop's and the step's.
 
     Raises:
-        TypeError, ValueError: the state is none, or was made for another batch.
+        TypeError, ValueError: the state is none, or was made for another batch; as `rows_operator.run`.
     """
+    sample, prediction, uncond, noise = operands
+    assert sample is not None
+    assert prediction is not None
     check_guidance_state(state, sample)
     given = DEFAULTS | parameters
-    ordered = tuple(given[name] for name in PARAMETERS)
-    operands: Operands = (sample, prediction, uncond, state.sample, state.eps)
-    eps, report, memory = run(kind, scheme, operands, ordered, state.memory)
+    numbers = tuple(given[name] for name in PARAMETERS)
+    looked_at: Operands = (sample, prediction, uncond, state.sample, state.eps)
+    everything = (*looked_at, noise, *numbers, state.memory, None if noise_key is None else noise_key[1])
+    like = sample if rule == "step" else prediction
+    how = prepare(like, operands, everything, out, report, "sample" if rule == "step" else "prediction")
+    kept = sample if out is None else sample.clone()  # the state keeps it, and out may be its memory
+    if how in (DERIVATIVE, OPERATOR):
+        eps, decided, memory = reference.track(kind, scheme, flatten(looked_at), numbers, state.memory)
+        then = reference.step_parameters(numbers, decided[:, 0], noise is not None or noise_key is not None)
+        made, found = run_rows(rule, kind, operands, then, noise_key, out, report, "sample")
+        if found is not None:
+            flagged = reference.with_flags(found, decided)
+            found = found.copy_(flagged) if isinstance(report, Tensor) else flagged
+        eps = eps.reshape(sample.shape)
+    else:
+        made = new_result(like) if out is None else out
+        dtype = compute_dtype((sample, prediction, uncond, noise))
+        found = sample.new_empty((sample.shape[0], 4), dtype=dtype) if report is True or report is None else report
+        step = reference.Step(rule, noise, noise_key, made, found)
+        eps, _, memory = run(kind, scheme, looked_at, numbers, state.memory, step)
+        mark_written(out, report if isinstance(report, Tensor) else None)
     if scheme != "corrector":
-        state.sample, state.eps = sample, eps
+        state.sample, state.eps = kept, eps
     state.memory = memory
-    return report
+    return made, found
 
 
 def check_loop(
@@ -108,19 +135,29 @@ def check_guidance_state(state: Any, sample: Tensor) -> None:
 
 
 def run(
-    kind: str, scheme: str, operands: Operands, parameters: tuple[Parameter, ...], memory: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(eps, report, memory): by a kernel; by the reference where torch wants a derivative or has to see operators."""
+    kind: str, scheme: str, operands: Operands, parameters: tuple[Parameter, ...], memory: Tensor,
+    step: reference.Step | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(eps, report, memory) by a kernel, which writes `step`, too; all of it plain tensors, see `track`."""
     sample = operands[0]
-    if torch.compiler.is_compiling() or route((*operands, *parameters, memory)) in (DERIVATIVE, OPERATOR):
-        eps, report, after = reference.track(kind, scheme, flatten(operands), parameters, memory)
-        return eps.reshape(sample.shape), report, after
-    dense: Any = tuple(None if operand is None else operand.resolve_neg().contiguous() for operand in operands)
-    eps = torch.empty(sample.shape, dtype=compute_dtype(operands[:4]), device=sample.device)
+    dense: Any = tuple(None if operand is None else _dense(operand) for operand in operands)
+    noise = None
+    if step is not None and step.noise is not None:
+        noise = _dense(step.noise)
+        step = step._replace(noise=noise)
+    eps = torch.empty(sample.shape, dtype=compute_dtype((*operands[:4], noise)), device=sample.device)
     report = torch.empty((sample.shape[0], 4), dtype=torch.float64, device=sample.device)
     after = torch.empty_like(memory, memory_format=torch.contiguous_format)
     if sample.numel() == 0:
+        if step is not None:
+            step.report.zero_()
         return eps, report.zero_(), memory.clone()
     launch = launcher("track", "cpu" if sample.is_cpu else sample.device.type)
-    launch(kind, scheme, dense, parameters, memory.contiguous(), eps, report, after)
+    launch(kind, scheme, dense, parameters, memory.contiguous(), eps, report, after, step)
     return eps, report, after
+
+
+def _dense(operand: Tensor) -> Tensor:
+    if operand.is_neg():
+        operand = operand.resolve_neg()
+    return operand.contiguous()

@@ -1,6 +1,7 @@
 """The closed loop of density guidance in torch: what every `track` kernel must compute.
 
-One contract for all implementations, `track(kind, scheme, operands, parameters, memory) -> (eps, report, memory)`:
+One contract for all implementations, `track(kind, scheme, operands, parameters, memory) -> (eps, report, memory)`,
+and in the same pass, if it is wanted, the step or the prediction that the decision leads to (`follow`):
 
     operands     (sample x, prediction p, uncond, last x, last eps), rows (B, D); the last three may be absent
     parameters   `PARAMETERS`, numbers or (B,); memory (B, len(MEMORY)) float64 of the row's last call, 0 when fresh
@@ -13,11 +14,23 @@ adds integral(-eps.dy / kappa - ||eps||^2 dl) to log p. All of a row's decisions
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastdensity import rules
-from fastdensity.reference.rows import Parameter, combined_prediction, compute_dtype, dot, flatten, per_row, scaled
+from fastdensity.reference.rows import (
+    NoiseKey,
+    Parameter,
+    combined_prediction,
+    compute_dtype,
+    dot,
+    flatten,
+    per_row,
+    rows,
+    scaled,
+)
 from fastdensity.reference.track_rule import Gram, decide
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -104,11 +117,53 @@ def _gram(
     return Gram(square, dot(eps, last), dot(move, eps), dot(move, last), state, dot(x, last) / alpha)
 
 
+class Step(NamedTuple):
+    """What is to be made of the rows with the eta decided on, and where it is written."""
+
+    rule: str  # "step" or "prediction", as in `fastdensity.reference.rows`
+    noise: Tensor | None  # (B, D), or made by noise_key
+    noise_key: NoiseKey | None
+    out: Tensor  # (B, D)
+    report: Tensor  # (B, 4), that of the rows; its flags are the loop's, too
+
+
+def step_parameters(parameters: tuple[Parameter, ...], gain: Parameter, has_noise: bool) -> tuple[Parameter, ...]:
+    """Those of `fastdensity.reference.rows` for a step whose eta - 1 is `gain`."""
+    alpha, sigma, alpha_next, sigma_next, *_ = parameters
+    cfg_scale, noise_scale, sigma_data = (
+        parameters[PARAMETERS.index(name)] for name in ("cfg_scale", "noise_scale", "sigma_data")
+    )
+    spread = noise_scale if has_noise else 0.0
+    return alpha, sigma, alpha_next, sigma_next, 0.5, 0.0, gain, cfg_scale, spread, sigma_data
+
+
+def follow(
+    rule: str, kind: str, operands: Operands, noise: Tensor | None, noise_key: NoiseKey | None,
+    parameters: tuple[Parameter, ...], decided: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, report) of the rows, guided as the loop's report `decided` (B, 4) says."""
+    numbers = step_parameters(parameters, decided[:, 0], noise is not None or noise_key is not None)
+    out, report = rows(rule, kind, (*operands[:3], noise), numbers, noise_key)
+    return out, with_flags(report, decided)
+
+
+def with_flags(report: Tensor, decided: Tensor) -> Tensor:
+    """A step's report (B, 4) with the flags of the loop's, too."""
+    flags = report[:, 3].to(torch.int64) | decided[:, 3].to(torch.int64)
+    return torch.cat([report[:, :3], flags.to(report.dtype)[:, None]], dim=1)
+
+
 def launch_torch(
     kind: str, scheme: str, operands: Operands, parameters: tuple[Parameter, ...], memory: Tensor,
-    eps: Tensor, report: Tensor, memory_out: Tensor,
+    eps: Tensor, report: Tensor, memory_out: Tensor, step: Step | None = None,
 ) -> None:  # fmt: skip
     """The reference as a backend."""
-    found = track(kind, scheme, flatten(operands), parameters, memory)
+    flat = flatten(operands)
+    found = track(kind, scheme, flat, parameters, memory)
+    if step is not None:
+        noise = flatten((step.noise,))[0]
+        made = follow(step.rule, kind, flat, noise, step.noise_key, parameters, found[1])
+        for target, value in zip((step.out, step.report), made, strict=True):
+            target.copy_(value.view_as(target))
     for target, value in zip((eps, report, memory_out), found, strict=True):
         target.copy_(value.view_as(target))
