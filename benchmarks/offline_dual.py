@@ -83,4 +83,6 @@ class DualCase:
 def _made(argument: Any) -> Any:
     if isinstance(argument, Shape):
         return argument.tensor()
+    if isinstance(argument, tuple) and hasattr(argument, "_fields"):
+        return type(argument)(*map(_made, argument))
     return [_made(item) for item in argument] if isinstance(argument, (list, tuple)) else argument

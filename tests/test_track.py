@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from track_runs import assert_step_as_good_as_eager, launch, launch_step, random_call
 
 import fastdensity as fd
 from fastdensity import rules
-from fastdensity._backend import use
+from fastdensity._backend import launcher, use
 from fastdensity.conversions import from_epsilon
 from fastdensity.ops.track import run
 from fastdensity.reference import track as reference
@@ -118,6 +119,39 @@ def test_every_scheme_is_as_good_as_eager(scheme: str, others: dict[str, Any]) -
         numbers = parameters(walk.here, walk.end, **others)
         for dtype in (torch.float32, torch.float64):
             assert_as_good_as_eager("epsilon", scheme, walk.operands("epsilon", dtype), numbers, walk.memory)
+
+
+@pytest.mark.parametrize("scheme", ["direct", "corrector"])
+@pytest.mark.parametrize("kind", rules.PREDICTION_TYPES)
+def test_the_step_in_the_same_pass_is_as_good_as_eager(kind: str, scheme: str) -> None:
+    rows, columns = 4, 1_100
+    noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
+    key = (3, torch.arange(rows) * 7, 2)
+    sources: tuple[dict[str, Any], ...] = ({}, {"noise": noise}, {"key": key})
+    for dtype in DTYPES:
+        for source in sources:
+            call = random_call(kind, scheme, rows, columns, cfg=not source, dtype=dtype)
+            found = launch_step(call, "step", launcher("track", "cpu"), **source)
+            assert_step_as_good_as_eager(call, "step", found, **source)
+        found = launch_step(call, "prediction", launcher("track", "cpu"))
+        assert_step_as_good_as_eager(call, "prediction", found)
+
+
+def test_one_pass_is_two_to_the_last_bit() -> None:
+    """Deciding, then a guided step with that gain: the same numbers."""
+    for columns in (50, 40_000):
+        call = random_call("velocity", columns=columns, dtype=torch.float32)
+        out, report, *decided = launch_step(call, "step", launcher("track", "cpu"))
+        alone = launch(call, launcher("track", "cpu"))
+        assert all(torch.equal(one, other) for one, other in zip(alone, decided, strict=True))
+        names = ("alpha", "sigma", "alpha_next", "sigma_next")
+        x, prediction = call.operands[:2]
+        assert x is not None
+        assert prediction is not None
+        ends = {name: call.number(name) for name in names}
+        step = fd.guided_step(x, prediction, **ends, gain=alone[1][:, 0], prediction_type="velocity")
+        assert torch.equal(step.sample, out)
+        assert torch.equal(step.report[:, :3], report[:, :3])
 
 
 @settings(max_examples=40, deadline=None)

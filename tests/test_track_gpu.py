@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from track_runs import Call, assert_as_good_as_eager, launch, random_call
+from track_runs import Call, assert_as_good_as_eager, assert_step_as_good_as_eager, launch, launch_step, random_call
 
 from fastdensity import rules
 from fastdensity.reference.track import MEMORY, PARAMETERS, SCHEMES
@@ -45,6 +45,23 @@ def test_memories_of_runs(scheme, steps):
 def test_mixed_dtypes(dtype, state_dtype):
     call = random_call("edm", columns=5000, dtype=dtype, state_dtype=state_dtype, cfg=True, device="cuda")
     assert_as_good_as_eager(call, *run(call))
+
+
+@pytest.mark.parametrize("kind", rules.PREDICTION_TYPES)
+def test_the_step_in_the_same_pass(kind):
+    pytest.importorskip("triton")
+    from fastdensity.triton_kernels.track import launch_triton
+
+    rows, columns = 4, 5000
+    noise = torch.randn(rows, columns, device="cuda")
+    key = (3, torch.arange(rows, device="cuda") * 7, 2)
+    for rule, given in (("step", {}), ("step", {"noise": noise}), ("step", {"key": key}), ("prediction", {})):
+        for dtype in (torch.float32, torch.bfloat16):
+            call = random_call(
+                kind, "direct", rows, columns, cfg=rule == "step" and not given, dtype=dtype, device="cuda"
+            )
+            found = launch_step(call, rule, launch_triton, **given)
+            assert_step_as_good_as_eager(call, rule, found, **given)
 
 
 @pytest.mark.parametrize("columns", [1, 37, 2_048, 8_190, 20_004, 20_001, 196_608])

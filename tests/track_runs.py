@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdensity import rules
 from fastdensity.reference import track as reference
 from fastdensity.reference.rows import compute_dtype, flatten
-from fastdensity.reference.track import MEMORY, PARAMETERS, launch_torch
+from fastdensity.reference.track import MEMORY, PARAMETERS, Step, launch_torch
 
 EPSILON_OF = {torch.float64: 2.2e-16, torch.float32: 1.2e-7}
 # of the memory, in nats: sums of terms as large as h ||eps||^2, which all but cancel
@@ -69,6 +69,49 @@ def launch(call: Call, launcher: Any = launch_torch, eps: Tensor | None = None, 
     memory = torch.empty_like(call.memory)
     launcher(call.kind, call.scheme, call.operands, call.parameters, call.memory, eps, report, memory, **sizes)
     return eps, report, memory
+
+
+def launch_step(
+    call: Call, rule: str, launcher: Any, noise: Tensor | None = None, key: Any = None, **sizes: int
+) -> Any:
+    """(out, the step's report, eps, report, memory) of a backend, on new memory full of NaN."""
+    x, prediction = call.operands[:2]
+    assert x is not None
+    assert prediction is not None
+    out = torch.full_like(x if rule == "step" else prediction, torch.nan)
+    step_report = torch.full((x.shape[0], 4), torch.nan, dtype=call.dtype, device=x.device)
+    step = Step(rule, noise, key, out, step_report)
+
+    def with_step(*arguments: Any) -> None:
+        launcher(*arguments, step, **sizes)
+
+    return out, step_report, *launch(call, with_step)
+
+
+def assert_step_as_good_as_eager(
+    call: Call, rule: str, found: Any, noise: Tensor | None = None, key: Any = None
+) -> None:
+    """As `assert_as_good_as_eager`, for what is made with the eta decided on."""
+    out, report, *decided = found
+    assert_as_good_as_eager(call, *decided)
+    results = []
+    for double in (True, False):
+        operands = flatten(tuple(None if o is None else o.double() if double else o for o in call.operands))
+        shaken = None if noise is None else noise.flatten(1).double() if double else noise.flatten(1)
+        numbers = call.made(double)[1]
+        results.append(reference.follow(rule, call.kind, operands, shaken, key, call.parameters, numbers))
+    (exact, exact_report), (eager, eager_report) = results
+    assert torch.equal(report[:, 3].double(), exact_report[:, 3].double())
+    stored = {torch.bfloat16: 4e-3, torch.float16: 5e-4}.get(out.dtype, EPSILON_OF[call.dtype])
+    roundings = 8 if call.dtype == torch.float32 else 512
+    guided = exact_report[:, 3] == 0
+    for index, row in enumerate(guided.tolist()):
+        if row:
+            vectors = (vector[index] for vector in (out.flatten(1), eager, exact))
+            _assert_close("out", *vectors, roundings * stored * exact[index].abs().max())
+            numbers = (found[index, :3] for found in (report, eager_report, exact_report))
+            largest = exact_report[index, :3].abs().max() + 1.0
+            _assert_close("report", *numbers, roundings * EPSILON_OF[call.dtype] * largest)
 
 
 class _Gaussian:

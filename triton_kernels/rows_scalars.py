@@ -36,8 +36,13 @@ _step_base = _shared(rules.step_base)
 
 @triton.jit
 def row_number(number, row, INDEX: tl.constexpr, PER_ROW: tl.constexpr):
-    """A parameter of this row in float64: bits of a float, or a pointer to one number (one per row if bit INDEX)."""
-    if number.dtype.is_ptr():
+    """A parameter of this row in float64: bits of a float, or a pointer to one number (one per row if bit INDEX).
+
+    A float64 is the number itself, already found.
+    """
+    if number.dtype == tl.float64:
+        return number
+    elif number.dtype.is_ptr():
         return tl.load(number + row * ((PER_ROW >> INDEX) & 1)).to(tl.float64)
     else:
         return (number ^ BIT_PATTERN_KEY).to(tl.float64, bitcast=True)

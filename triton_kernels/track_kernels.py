@@ -1,6 +1,7 @@
-"""The closed loop's kernel: eps and six inner products of a row, tile after tile, then the row's decision.
+"""The closed loop's kernel: eps and six inner products of a row, tile after tile, then the row's decision and its step.
 
-    track_rows      one program per row: every operand is read once, eps written once
+    track_rows      one program per row: every operand is read once for the decision; those of the step once more, from
+                    the cache if the row fits there
 
 The twin of `fastdensity.reference.track`. All vectors are dense; `vectors`, the row's length, counts groups of VECTOR
 elements as in `rows_kernels`. A tile is summed in the arithmetic's dtype, tiles in float64 in their order.
@@ -13,22 +14,35 @@ import triton.language as tl
 
 from fastdensity.reference.track import MEMORY
 from fastdensity.triton_kernels.integers import wide
-from fastdensity.triton_kernels.rows_kernels import _load, _mask, _scale, _store
-from fastdensity.triton_kernels.rows_scalars import _direction, quantile_term, row_number
+from fastdensity.triton_kernels.philox import normals
+from fastdensity.triton_kernels.rows_kernels import (
+    _combine,
+    _load,
+    _mask,
+    _non_finite,
+    _scale,
+    _store,
+    _store_numbers,
+    _tile,
+)
+from fastdensity.triton_kernels.rows_scalars import _direction, coefficients, quantile_term, row_number
 from fastdensity.triton_kernels.track_rule import (
     ALPHA,
+    ALPHA_NEXT,
     CFG_SCALE,
     LAST_ALPHA,
+    NOISE_SCALE,
     SHIFT,
     SIGMA,
     SIGMA_DATA,
+    SIGMA_NEXT,
     Q,
     _pick,
     decide,
 )
 
 REMEMBERED = tl.constexpr(len(MEMORY))
-COMPILED = ("KIND", "SCHEME", "PER_ROW", "DTYPE", "VECTOR", "TILE")
+COMPILED = ("RULE", "KIND", "MIXED", "NOISE", "SCHEME", "PER_ROW", "DTYPE", "VECTOR", "TILE")
 
 
 def _kernel(function):
@@ -99,15 +113,61 @@ def _dot(left, right):
     return tl.sum(left * right).to(tl.float64)
 
 
+@triton.jit
+def _noise(
+    noise, sample_ids, seed, step, row, vectors, first, mask,
+    NOISE: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile of the step's noise, made or read."""
+    if NOISE == "drawn":
+        return normals(seed, tl.load(sample_ids + row), step, first, TILE, DTYPE)
+    else:
+        return _load(noise, row, vectors, first, mask, VECTOR, DTYPE, TILE)
+
+
+@triton.jit
+def _take_step(
+    out, step_report, x, prediction, uncond, noise, sample_ids, seed, step, now, eta_minus_one, loop_flags, square,
+    overlap, row, vectors,
+    RULE: tl.constexpr, KIND: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The second pass over a row: `out` with the eta decided on, and its report. `square` and `overlap` are of eps."""
+    zero = tl.full((), 0.0, tl.float64)
+    spread = now[NOISE_SCALE] if NOISE != "none" else zero
+    numbers = (
+        now[ALPHA], now[SIGMA], now[ALPHA_NEXT], now[SIGMA_NEXT], zero, zero, eta_minus_one, now[CFG_SCALE], spread,
+        now[SIGMA_DATA],
+    )  # fmt: skip
+    _, _, scale = _eps_coefficients(now, KIND)
+    base_0, base_1, c_0, c_1, c_2, moved_eta, sq_norm, dlogp, flags = coefficients(
+        numbers, row, square / (scale * scale), overlap / scale, wide(vectors * VECTOR), RULE, KIND, 0
+    )
+    flags |= loop_flags
+    for tile in range(0, tl.cdiv(vectors, TILE // VECTOR)):
+        first = wide(tile) * TILE
+        mask = _mask(vectors, first, VECTOR, TILE)
+        state, predicted, other = _tile(
+            x, prediction, uncond, noise, vectors, vectors, vectors, vectors, sample_ids, seed, step, numbers, row,
+            first, mask, NOISE, 0, DTYPE, VECTOR, TILE,
+        )  # fmt: skip
+        result = _combine(base_0, base_1, c_0, c_1, c_2, x, state, predicted, other, RULE, MIXED, NOISE)
+        _store(out, row, vectors, first, result, mask, VECTOR, TILE)
+        flags |= _non_finite(result)
+    _store_numbers(step_report, row, moved_eta, sq_norm, dlogp)
+    tl.store(step_report + row * 4 + 3, flags.to(DTYPE))
+
+
 @_kernel
 def track_rows(
-    eps, report, memory_out, x, prediction, uncond, last_x, last_eps, memory, vectors,
+    eps, report, memory_out, out, step_report, x, prediction, uncond, last_x, last_eps, noise, memory, sample_ids,
+    seed: tl.int64, step: tl.int64, vectors,
     number_0, number_1, number_2, number_3, number_4, number_5, number_6, number_7, number_8, number_9,
     number_10, number_11, number_12, number_13,
-    KIND: tl.constexpr, SCHEME: tl.constexpr, PER_ROW: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
-    TILE: tl.constexpr,
+    RULE: tl.constexpr, KIND: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, SCHEME: tl.constexpr,
+    PER_ROW: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One row per program, TILE elements at a time."""
+    """One row per program, TILE elements at a time; RULE "none" only decides."""
     numbers = (
         number_0, number_1, number_2, number_3, number_4, number_5, number_6, number_7, number_8, number_9,
         number_10, number_11, number_12, number_13,
@@ -126,6 +186,7 @@ def track_rows(
     move_last = square
     state = square
     state_last = square
+    overlap = square
     for tile in range(0, tl.cdiv(vectors, TILE // VECTOR)):
         first = wide(tile) * TILE
         mask = _mask(vectors, first, VECTOR, TILE)
@@ -145,6 +206,11 @@ def track_rows(
             move += _dot(moved, here)
             move_last += _dot(moved, last)
             state_last += _dot(sample, last)
+        if NOISE != "none":
+            other = _noise(
+                noise, sample_ids, seed, step, row, vectors, first, mask, NOISE, DTYPE, VECTOR, TILE
+            )  # fmt: skip
+            overlap += _dot(here, other)
     gram = (square, turn, move, move_last, state / alpha, state_last / alpha)
     columns = wide(vectors * VECTOR)
     rate = now[SHIFT] + quantile_term(numbers[Q], row, columns, 6, PER_ROW)
@@ -158,3 +224,8 @@ def track_rows(
     tl.store(at + 3, flags.to(tl.float64))
     for index in tl.static_range(REMEMBERED):
         tl.store(memory_out + row * REMEMBERED + index, after[index])
+    if RULE != "none":
+        _take_step(
+            out, step_report, x, prediction, uncond, noise, sample_ids, seed, step, now, eta_minus_one, flags, square,
+            overlap, row, vectors, RULE, KIND, MIXED, NOISE, DTYPE, VECTOR, TILE,
+        )  # fmt: skip

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from rows_cases import number_forms
-from track_runs import FRESH_ROW, SDE_ROW, assert_as_good_as_eager, launch, random_call
+from track_runs import (
+    FRESH_ROW,
+    SDE_ROW,
+    assert_as_good_as_eager,
+    assert_step_as_good_as_eager,
+    launch,
+    launch_step,
+    random_call,
+)
 
 from fastdensity import rules
-from fastdensity.reference.track import MEMORY, PARAMETERS, SCHEMES
+from fastdensity.reference.track import MEMORY, PARAMETERS, SCHEMES, launch_torch
 from fastdensity.triton_kernels import track_rule
 from fastdensity.triton_kernels.track import launch_triton
 from fastdensity.triton_kernels.track_rule import shortening
@@ -98,6 +107,43 @@ def test_mixed_dtypes(dtype, state_dtype):
     assert_as_good_as_eager(call, *run(call, TILES))
     call = random_call("velocity_to_data", columns=50, dtype=dtype, state_dtype=state_dtype)
     assert_as_good_as_eager(call, *run(call))
+
+
+@pytest.mark.parametrize(("scheme", "sizes"), [("direct", WHOLE), ("direct", TILES), ("corrector", WHOLE)])
+@pytest.mark.parametrize("kind", rules.PREDICTION_TYPES)
+def test_the_step_in_the_same_pass(kind, scheme, sizes):
+    """Each rule and source of noise, after any decision."""
+    rows, columns = 4, 132
+    noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
+    key = (3, torch.arange(rows) * 7, 2)
+    for rule, given in (("step", {}), ("step", {"noise": noise}), ("step", {"key": key}), ("prediction", {})):
+        call = random_call(kind, scheme, rows, columns, cfg=rule == "step" and not given)
+        found = launch_step(call, rule, launch_triton, **given, **sizes)
+        assert_step_as_good_as_eager(call, rule, found, **given)
+
+
+def test_the_step_in_mixed_dtypes_and_lengths():
+    for dtype, state_dtype in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float64,) * 2):
+        for columns in (1, 37, 136):
+            call = random_call("v_prediction", rows=2, columns=columns, dtype=dtype, state_dtype=state_dtype)
+            found = launch_step(call, "step", launch_triton, **TILES)
+            assert_step_as_good_as_eager(call, "step", found)
+
+
+@REGIMES
+def test_the_step_of_special_rows_touches_no_other(sizes):
+    rows = len(SPECIAL) + 2
+    made = partial(random_call, "velocity", rows=rows, columns=132, cfg=True, dtype=torch.float64)
+    call = spoiled(made())
+    out, report, *_ = launch_step(call, "step", launch_triton, **sizes)
+    expected, expected_report, *_ = launch_step(call, "step", launch_torch)
+    for row in (0, rows - 1):
+        alone = launch_step(made().row(row), "step", launch_triton, **sizes)
+        assert torch.equal(alone[0][0], out[row])
+    assert torch.equal(report[:, 3], expected_report[:, 3])
+    finite = expected.isfinite().all(dim=1)
+    assert torch.equal(out.isfinite().all(dim=1), finite)
+    torch.testing.assert_close(out[finite], expected[finite])
 
 
 def test_parameters_in_every_form():
