@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastdensity as fd
+from fastdensity.conversions import to_epsilon
 from fastdensity.digits import LAM_DATA, LAM_NOISE, load_digits_flow
 from fastdensity.schedules import Schedule
 
@@ -31,8 +32,8 @@ def _karras(steps: int) -> Tensor:
     return -2.0 * sigmas.log()
 
 
-def _shifted_rectified(steps: int) -> Tensor:
-    time = torch.linspace(0.99, 0.01, steps + 1, dtype=torch.float64)
+def _shifted_rectified(steps: int, noisiest: float = 0.99) -> Tensor:
+    time = torch.linspace(noisiest, 0.01, steps + 1, dtype=torch.float64)
     return torch.as_tensor(fd.RectifiedFlow.lam_from_time(3.0 * time / (1.0 + 2.0 * time)))
 
 
@@ -54,7 +55,12 @@ PATHS = (
     Path("VE, Karras spacing", fd.VE(), _karras),
     Path("rectified flow, shifted", fd.RectifiedFlow(), _shifted_rectified),
 )
-DIGITS_PATH = Path("VP, even log-SNR", fd.VP(), _digits_grid)
+# the digits network knows lam from -10 to 10
+DIGITS_PATHS = (
+    Path(PATHS[0].name, fd.VP(), _digits_grid),
+    PATHS[1],
+    Path(PATHS[2].name, fd.RectifiedFlow(), lambda steps: _shifted_rectified(steps, 0.98)),
+)
 SPREAD, ISOTROPIC, MIXTURE, DIGITS = (
     "Gaussian, variances 0.001 to 1, 1,024 dimensions",
     "Gaussian, variance 0.25, 1,024 dimensions",
@@ -160,9 +166,31 @@ class Problem:
         return fine
 
 
+class OnPath(nn.Module):
+    """The digits network for the states of another path: x / alpha is the same on all of them."""
+
+    def __init__(self, flow: fd.Flow, schedule: Schedule) -> None:
+        super().__init__()
+        assert isinstance(flow.model, nn.Module)
+        self.model, self.flow, self.schedule = flow.model, flow, schedule
+
+    def forward(self, x: Tensor, lam: Tensor) -> Tensor:
+        """The predicted noise (B, *) at x (B, *), lam (B,)."""
+        own = self.flow.schedule
+        alpha, sigma, given = (part(lam).to(x.dtype) for part in (own.alpha, own.sigma, self.schedule.alpha))
+        at_home = x * (alpha / given)[:, None, None, None]
+        return to_epsilon(self.model(at_home, lam), at_home, alpha, sigma, self.flow.prediction_type)
+
+
+def digits_flow(schedule: Schedule) -> fd.Flow:
+    """The embedded digits on this path."""
+    flow = load_digits_flow()
+    return flow if isinstance(schedule, fd.VP) else fd.Flow(OnPath(flow, schedule), schedule)
+
+
 def problem(name: str, path: Path, rows: int, fine: int) -> Problem:
     """Latents from N(0, sigma^2) at the grid's begin, the same for every solver, number of steps and q."""
-    flow = load_digits_flow() if name == DIGITS else TARGETS[name](path.schedule)
+    flow = digits_flow(path.schedule) if name == DIGITS else TARGETS[name](path.schedule)
     shape = (1, 8, 8) if isinstance(flow, fd.Flow) else tuple(flow.sample_shape)
     normals = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     latents = normals * float(path.schedule.sigma(float(path.grid(1)[0])))
