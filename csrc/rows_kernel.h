@@ -32,8 +32,16 @@ class RowKernel {
     const Real* direction = direction_of(plan, row, begin, size, scratch);
     Sums result;
     result.norm = simd::sum_of_squares(direction, size);
-    if (plan.noise != 0.0) result.overlap = simd::dot(direction, noise_of(row, begin, size, scratch), size);
+    result.overlap = overlap(plan, row, begin, size, direction);
     return result;
+  }
+
+  // direction.noise of a direction that the caller has made, in any scale.
+  double overlap(const RowPlan& plan, std::int64_t row, std::int64_t begin, std::int64_t size,
+                 const Real* direction) const {
+    if (plan.noise == 0.0) return 0.0;
+    Scratch scratch;
+    return simd::dot(direction, noise_of(row, begin, size, scratch), size);
   }
 
   // Second pass: writes one chunk; false if any value of it is not finite.

@@ -6,6 +6,7 @@
 #include "rows_kernel.h"
 #include "rows_run.h"
 #include "track_rule.h"
+#include "track_simd.h"
 
 namespace fastdensity {
 namespace {
@@ -23,9 +24,9 @@ class TrackKernel {
 
   struct Sums {
     TrackGram gram;
-    RowSums step;
+    double overlap = 0;  // of eps and noise
 
-    void operator+=(const Sums& other) { gram += other.gram, step += other.step; }
+    void operator+=(const Sums& other) { gram += other.gram, overlap += other.overlap; }
   };
 
   struct Numbers {
@@ -46,15 +47,21 @@ class TrackKernel {
   Sums sums(const Plan& plan, std::int64_t row, std::int64_t begin, std::int64_t size) const {
     Sums result;
     result.gram = products(plan.now, plan.before, row, begin, size);
-    if (writes()) result.step = step_.sums(plan.step, row, begin, size);
+    if (writes()) result.overlap = step_.overlap(plan.step, row, begin, size, eps_of(row, begin));
     return result;
   }
 
   Numbers finish(Plan& plan, std::int64_t row, const Sums& total) const {
-    Numbers result{decide(plan, row, total.gram), {}};
+    Numbers result{};
+    TrackGram gram = total.gram;
+    gram.square = as_held<Real>(gram.square);
+    // eps may be finite where the state is not, if it is the prediction itself: the row is broken all the same
+    if (!std::isfinite(gram.state)) gram.square = NAN;
+    result.loop = decide(plan, row, gram);
     if (!writes()) return result;
     plan.step.gain = result.loop.eta_minus_one;
-    result.step = step_.finish(plan.step, row, total.step);
+    const double scale = plan.step.scale;  // the step's direction is eps / scale
+    result.step = step_.finish(plan.step, row, {gram.square / (scale * scale), total.overlap / scale});
     result.step.flags |= static_cast<int>(result.loop.flags);
     return result;
   }
@@ -70,7 +77,7 @@ class TrackKernel {
 
  private:
   struct Scratch {
-    alignas(64) Real x[kChunk], prediction[kChunk], uncond[kChunk], last_x[kChunk], last_eps[kChunk], move[kChunk];
+    alignas(64) Real x[kChunk], prediction[kChunk], uncond[kChunk], last_x[kChunk], last_eps[kChunk];
   };
 
   TrackParameters parameters(std::int64_t row) const {
@@ -87,53 +94,35 @@ class TrackKernel {
     return result;
   }
 
+  Real* eps_of(std::int64_t row, std::int64_t begin) const {
+    return static_cast<Real*>(call_.eps) + row * call_.step.columns + begin;
+  }
+
   TrackGram products(const TrackParameters& now, const TrackMemory& before, std::int64_t row, std::int64_t begin,
                      std::int64_t size) const {
     Scratch scratch;
     const Real* x = vector_of(call_.step.v0, row, begin, size, scratch.x);
-    Real* eps = static_cast<Real*>(call_.eps) + row * call_.step.columns + begin;
-    write_eps(now, x, row, begin, size, scratch, eps);
-    TrackGram gram;
-    gram.square = simd::sum_of_squares(eps, size);
-    gram.state = simd::dot(x, eps, size);
-    if (before.steps == 0 || !call_.last_x.data || !call_.last_eps.data) return gram;
-    const Real* last = vector_of(call_.last_eps, row, begin, size, scratch.last_eps);
-    simd::Terms<Real> move;
-    move.add(Real(1.0 / now.alpha), x);
-    move.add(Real(-1.0 / before.alpha), vector_of(call_.last_x, row, begin, size, scratch.last_x));
-    simd::combine(move, size, scratch.move);
-    gram.turn = simd::dot(eps, last, size);
-    gram.move = simd::dot(scratch.move, eps, size);
-    gram.move_last = simd::dot(scratch.move, last, size);
-    gram.state_last = simd::dot(x, last, size);
-    return gram;
+    const Real* prediction = combined_prediction(call_.step.v1, call_.step.uncond, now.cfg_scale, row, begin, size,
+                                                 scratch.prediction, scratch.uncond);
+    const double norm = edm_norm(now.alpha, now.sigma, now.sigma_data);
+    double along_x, along_p, scale;
+    direction(call_.step.type, now.alpha, now.sigma, now.sigma_data, norm, &along_x, &along_p, &scale);
+    simd::LastVectors<Real> last;
+    if (before.steps != 0 && call_.last_x.data && call_.last_eps.data) {
+      last.x = vector_of(call_.last_x, row, begin, size, scratch.last_x);
+      last.eps = vector_of(call_.last_eps, row, begin, size, scratch.last_eps);
+      last.now = Real(1.0 / now.alpha), last.before = Real(-1.0 / before.alpha);
+    }
+    return simd::track_products({Real(along_x), Real(along_p), Real(scale)}, last, x, prediction, size,
+                                eps_of(row, begin));
   }
 
   TrackReport decide(const Plan& plan, std::int64_t row, TrackGram gram) const {
-    gram.square = as_held<Real>(gram.square);
-    // eps may be finite where the state is not, if it is the prediction itself: the row is broken all the same
-    if (!std::isfinite(gram.state)) gram.square = NAN;
     gram.state /= plan.now.alpha, gram.state_last /= plan.now.alpha;
     TrackMemory after;
     const TrackReport report = track::decide(call_.scheme, call_.step.columns, plan.now, plan.before, gram, after);
     std::memcpy(call_.memory_out + row * kTrackMemory, &after, sizeof(after));
     return report;
-  }
-
-  void write_eps(const TrackParameters& now, const Real* x, std::int64_t row, std::int64_t begin, std::int64_t size,
-                 Scratch& scratch, Real* eps) const {
-    const Real* prediction = combined_prediction(call_.step.v1, call_.step.uncond, now.cfg_scale, row, begin, size,
-                                                 scratch.prediction, scratch.uncond);
-    const double norm = edm_norm(now.alpha, now.sigma, now.sigma_data);
-    double along_x, along_p, scale;
-    fastdensity::direction(call_.step.type, now.alpha, now.sigma, now.sigma_data, norm, &along_x, &along_p, &scale);
-    simd::Terms<Real> direction, scaled;  // the scale outside: x - alpha p cancels, and is to be rounded once
-    direction.add(Real(along_p), prediction);
-    if (along_x != 0.0) direction.add(Real(along_x), x);
-    simd::combine(direction, size, eps);
-    if (scale == 1.0) return;
-    scaled.add(Real(scale), eps);
-    simd::combine(scaled, size, eps);
   }
 
   const TrackCall& call_;
