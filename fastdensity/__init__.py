@@ -9,6 +9,7 @@ from fastdensity.conversions import from_epsilon, to_epsilon, to_sample, to_scor
 from fastdensity.divergence import DivergenceEstimate, divergence
 from fastdensity.flow import Flow
 from fastdensity.guidance import DensityGuidance, HighDensity, ReverseDiffusion, StochasticDensityGuidance
+from fastdensity.guide import guide
 from fastdensity.jvp import explain, jvp, trace_jvp
 from fastdensity.log_density import bits_per_dimension
 from fastdensity.mixture import GaussianMixture
@@ -43,6 +44,7 @@ __all__ = [
     "divergence",
     "explain",
     "from_epsilon",
+    "guide",
     "guide_prediction",
     "guided_drift",
     "guided_step",

@@ -114,7 +114,7 @@ class DensityGuidance(Guidance):
             raise TypeError(f"track must be True or False, got {describe(track)}")
         self.track = track
         self.q, self.b = _check_target(q, b)
-        self.interval = _check_interval(interval)
+        self.interval = check_interval(interval)
 
     def active(self, lam: float) -> bool:
         """Inside the interval."""
@@ -224,7 +224,7 @@ class ReverseDiffusion(Guidance):
     divergence_free = True
 
     def __init__(self, interval: tuple[float, float] | None = None) -> None:
-        self.interval = _check_interval(interval)
+        self.interval = check_interval(interval)
 
     def active(self, lam: float) -> bool:
         """Inside the interval."""
@@ -246,17 +246,23 @@ def _check_target(q: Any, b: Any) -> tuple[Number | None, Rate | None]:
         if not callable(b):
             raise TypeError(f"b must be a function of (x, lam) that returns (B,), got {describe(b)}")
         return None, b
+    return check_quantile(q), None
+
+
+def check_quantile(q: Any) -> Number:
+    """q as it came, in (0, 1) if it is a number; tensors are looked at in the kernels."""
     if isinstance(q, Tensor):
         if not q.is_floating_point() or q.dim() > 1:
             raise ValueError(f"q must be a number or a floating tensor of shape (B,), got {describe(q)}")
-        return q, None
+        return q
     number = _check_real("q", q)
     if not 0.0 < number < 1.0:
         raise ValueError(f"q must be in (0, 1), got {number}")
-    return number, None
+    return number
 
 
-def _check_interval(interval: Any) -> tuple[float, float]:
+def check_interval(interval: Any) -> tuple[float, float]:
+    """(low, high) of log-SNR; None is everywhere."""
     if interval is None:
         return -math.inf, math.inf
     if not isinstance(interval, (tuple, list)) or len(interval) != 2:
