@@ -3,6 +3,7 @@
 #pragma once
 
 #include "rules.h"
+#include "track_model.h"
 
 namespace fastdensity {
 
@@ -14,13 +15,13 @@ struct TrackGram {
 
 struct TrackParameters {
   double alpha, sigma, alpha_next, sigma_next, alpha_end, sigma_end, q, shift, repair, cfg_scale, noise_scale,
-      sigma_data, carry, final;
+      sigma_data, carry;
 };
 static_assert(sizeof(TrackParameters) == kTrackParameters * sizeof(double));
 
 struct TrackMemory {
-  double steps, alpha, sigma, alpha_end, sigma_end, sq_norm, rate, eta, noisy, drift_eps, drift_state, commanded_next, realised_next, length,
-      mismatch, skew, response, commanded, realised, limited;
+  double steps, alpha, sigma, alpha_end, sigma_end, sq_norm, rate, eta, noisy, drift_eps, drift_state, commanded_next,
+      realised_next, response, commanded, realised, limited;
 };
 static_assert(sizeof(TrackMemory) == kTrackMemory * sizeof(double));
 
@@ -35,12 +36,8 @@ FASTDENSITY_HOST_DEVICE void TrackGram::operator+=(const TrackGram& other) {
 
 namespace track {
 
-constexpr double kTinyStep = 1e-9, kSamePlace = 1e-4, kLeastCosine = 0.05, kFastestFall = -3.0, kFastestRise = 1.0;
+constexpr double kTinyStep = 1e-9, kSamePlace = 1e-4, kLeastResponse = 1e-3, kLeastTypical = 0.1;
 constexpr double kShortest = 0.5, kLongest = 2.0, kNearest = 0.1;
-
-FASTDENSITY_HOST_DEVICE double clamp(double value, double low, double high) {
-  return value < low ? low : (value > high ? high : value);
-}
 
 // What a decision starts from; numbers that a row does not have are 0 or 1.
 struct Row {
@@ -96,86 +93,96 @@ FASTDENSITY_HOST_DEVICE Row make_row(TrackScheme scheme, std::int64_t columns, c
   return row;
 }
 
-struct Measured {
-  double commanded, realised, miss, mismatch, skew;
-};
+// -- fastdensity/reference/track_estimate.py --------------------------------------------------------------------------
 
-FASTDENSITY_HOST_DEVICE Measured measure(const Row& row, const TrackMemory& before) {
-  if (!row.known)
-    return {before.commanded + before.commanded_next, before.realised + before.realised_next, 0, 0, 0};
-  const double h = row.h_last, earlier = before.length;
-  const bool steady = h > kTinyStep, noisy = before.noisy != 0, smooth = steady && !noisy;
-  const double per_kappa = steady ? h / (row.kappa - row.kappa_last) : -1.0 / row.kappa;
+FASTDENSITY_HOST_DEVICE double kept_response(const TrackMemory& before) {
+  return clamp(before.steps > 0 ? before.response : 1.0, kLeastResponse, 1.0);
+}
+
+FASTDENSITY_HOST_DEVICE Fit fit(const Row& row, const TrackMemory& before) {
+  const double usual = row.kappa * row.kappa * (1.0 / kept_response(before) - 1.0), square = row.square;
+  return two_variances(row.square_last / square, row.turn / square, row.move / square, row.move_last / square,
+                       row.kappa, row.kappa_last, usual);
+}
+
+FASTDENSITY_HOST_DEVICE double response(const Row& row, const Fit& found) {
+  const double squared = row.kappa * row.kappa;
+  double total = 0;
+  for (const Part& part : found.parts) total += part.share * squared / (part.variance + squared);
+  return clamp(total, kLeastResponse, 1.0);
+}
+
+FASTDENSITY_HOST_DEVICE double gain_of_fit(const Row& row, const Fit& found) {
+  double total = 0;
+  for (const Part& part : found.parts)
+    total += part.share * part.before * part.before *
+             gain(part.variance, found.kappa_last, found.kappa).at(part.move / part.before);
+  return row.square * total;
+}
+
+FASTDENSITY_HOST_DEVICE double gain_by_trapezoid(const Row& row, const TrackMemory& before) {
+  const double h = row.h_last, per_kappa = h > kTinyStep ? h / (row.kappa - row.kappa_last) : -1.0 / row.kappa;
   double drift = row.move, drift_last = row.move_last, share = 0;
-  if (noisy) {
+  if (before.noisy != 0) {
     drift = before.drift_eps * row.turn + before.drift_state * (row.state - row.move);
     drift_last = before.drift_eps * row.square_last + before.drift_state * (row.state_last - row.move_last);
     share = row.square - 2.0 * row.turn + row.square_last;
   }
-  double gain = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (row.square + row.square_last - share);
-  gain -= 0.5 * (row.move + row.move_last - drift - drift_last) / row.kappa;
-  Measured result{0, 0, 0, 0, 0};
-  if (smooth) {
-    result.mismatch = row.square + row.rate - per_kappa * row.move / h;
-    result.skew = before.skew;
-    if (earlier > kTinyStep) result.skew -= 0.5 * ((h * h - earlier * earlier) / earlier) * before.mismatch;
-  }
-  gain += 0.5 * (result.skew + 0.5 * h * result.mismatch) - 0.5 * (before.skew + 0.5 * earlier * before.mismatch);
-  result.commanded = before.commanded + 0.5 * h * (before.rate + row.rate);
-  result.realised = before.realised + gain;
-  result.miss = gain - before.realised_next;
-  return result;
+  const double gained = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (row.square + row.square_last - share);
+  return gained - 0.5 * (row.move + row.move_last - drift - drift_last) / row.kappa;
 }
-
-struct Prediction {
-  double base, slope;
-};
 
 FASTDENSITY_HOST_DEVICE void one_step_move(const TrackParameters& now, double* u, double* v) {
   const double alpha = now.alpha > 0 ? now.alpha : 1.0, end = now.alpha_end > 0 ? now.alpha_end : 1.0;
   *u = (now.sigma_next - now.alpha_next * (now.sigma / alpha)) / end, *v = now.alpha_next / end - 1.0;
 }
 
-FASTDENSITY_HOST_DEVICE Prediction predict(const TrackParameters& now, const Row& row, bool ahead, double u, double v) {
-  double along = 1, mean_square = row.square, lean = 0;
-  if (ahead) {
-    const double nodes[4] = {0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970263};
-    const double weights[4] = {0.17392742256872693, 0.32607257743127307, 0.32607257743127307, 0.17392742256872693};
-    const double fall = clamp(log(row.square / row.square_last) / row.h_last, kFastestFall, kFastestRise);
-    const double log_cosine = log(clamp(row.turn / sqrt(row.square * row.square_last), kLeastCosine, 1.0));
-    double across = 0, mean = 0;
-    along = 0;
-    for (int i = 0; i < 4; ++i) {
-      const double size = exp(0.5 * fall * (nodes[i] * row.h)), ratio = nodes[i] * row.h / row.h_last;
-      const double cosine = exp(log_cosine * ratio * ratio), sine = 1.0 - cosine * cosine;
-      along += weights[i] * size * cosine;
-      across += weights[i] * size * sqrt(sine > 0 ? sine : 0.0);
-      mean += weights[i] * size * size;
-    }
-    mean_square = mean * row.square;
-    const double normal = row.square_last - row.turn * row.turn / row.square;
-    if (normal > 1e-12 * row.square_last) lean = across * sqrt(row.square / normal);
-  }
-  const double a = along + lean * row.turn / row.square, c = -lean;
-  const double step = row.kappa_end - row.kappa, carry = row.known ? now.carry : 0.0;
-  const double w = step * carry / row.kappa;
-  u *= 1.0 + carry;
-  const double per_kappa = row.h / (step != 0 ? step : 1.0);
-  const double last = a * row.turn + c * row.square_last;
-  const double rest = v * (a * row.state + c * row.state_last) -
-                      w * (a * row.move + c * row.move_last + row.kappa_last * row.eta_last * last);
-  return {per_kappa * rest - row.h * mean_square, per_kappa * u * along * row.square};
+FASTDENSITY_HOST_DEVICE Gain scaled(const Gain& by, double number) {
+  Gain result;
+  result.constant = number * by.constant, result.linear = number * by.linear, result.square = number * by.square;
+  return result;
 }
 
-FASTDENSITY_HOST_DEVICE double response(const Row& row, const TrackMemory& before) {
-  const double kappa = row.kappa, last = row.kappa_last;
-  const double denominator = row.move + row.turn * (last * last - kappa * kappa) / last;
-  double found = before.steps > 0 ? before.response : 1.0;
-  if (row.known && row.h_last > kTinyStep && before.noisy == 0 && row.turn > 0 &&
-      denominator > 0.25 * row.turn * (last - kappa))
-    found = (row.square * kappa - row.turn * kappa * kappa / last) / denominator;
-  return clamp(found, 1e-3, 1.0);
+FASTDENSITY_HOST_DEVICE Gain predict(std::int64_t columns, const TrackParameters& now, const Row& row, double realised,
+                                     double answers, const Fit& found, bool ahead) {
+  const double kappa = row.kappa, step = row.kappa_end - kappa, safe = step != 0 ? step : 1.0;
+  const double carry = row.known ? now.carry : 0.0, steering = row.kappa_last * row.eta_last;
+  double u = 0, v = 0;
+  one_step_move(now, &u, &v);
+  const double w = step * carry / kappa, per_eta = u * (1.0 + carry) / safe, drift = v * row.state / row.square;
+  Gain by;
+  if (!ahead) {
+    const double rest = (drift - w * (row.move + steering * row.turn) / row.square) / safe;
+    by.constant = row.h * (rest - 1.0), by.linear = row.h * per_eta;
+    return scaled(by, row.square);
+  }
+  const double size = static_cast<double>(columns), typical = fmax(size - 2.0 * realised, kLeastTypical * size);
+  const double fall = clamp(1.0 - answers, kEdge, 1.0 - kEdge);
+  const Band range = band(fmax(fmin(row.square / typical, 1.0 - fall), kEdge), fall);
+  double variances[4], weights[4], total = 0;
+  for (int i = 0; i < 4; ++i) {
+    variances[i] = kappa * kappa * exp(range.lowest + kNodes[i] * range.width);
+    weights[i] = kWeights[i] / (variances[i] + kappa * kappa), total += weights[i];
+  }
+  for (int i = 0; i < 4; ++i) {
+    const double before = found.before(variances[i]);
+    const double moved = (found.kappa - found.kappa_last) * (found.offset + found.bend * before);
+    by.add(weights[i] / total, gain(variances[i], kappa, row.kappa_end), per_eta,
+           (drift - w * (moved + steering * before)) / safe);
+  }
+  return scaled(by, row.square);
 }
+
+FASTDENSITY_HOST_DEVICE Gain predict_both(const Row& row, const TrackMemory& before) {
+  const Fit found = fit(row, before);
+  Gain by;
+  for (const Part& part : found.parts)
+    by.add(part.share * part.before * part.before, gain(part.variance, found.kappa_last, found.kappa),
+           0.5 / part.before, 0.5 * row.eta_last);
+  return scaled(by, row.square);
+}
+
+// -- fastdensity/reference/track_rule.py ------------------------------------------------------------------------------
 
 FASTDENSITY_HOST_DEVICE double limit(double eta, double stride, double response, double mean_square) {
   const double reach = fmax(stride * response, 1e-12), distance = fmax(sqrt(mean_square / response), 1e-12);
@@ -186,52 +193,51 @@ FASTDENSITY_HOST_DEVICE double limit(double eta, double stride, double response,
 
 FASTDENSITY_HOST_DEVICE TrackReport advance(TrackScheme scheme, std::int64_t columns, const TrackParameters& now,
                                             const TrackMemory& before, const Row& row, TrackMemory& after) {
-  const Measured measured = measure(row, before);
-  const double deficit = measured.commanded - measured.realised, h = row.h;
-  const bool steady = row.known && row.h_last > kTinyStep;
+  const double h = row.h, square = row.square;
+  const bool steady = row.known && row.h_last > kTinyStep, smooth = steady && before.noisy == 0 && row.turn > 0;
+  Fit found;
+  if (smooth) found = fit(row, before);
+  const double answers = smooth ? response(row, found) : kept_response(before);
+  double commanded = before.commanded_next, realised = before.realised_next;
+  if (row.known) commanded = 0.5 * row.h_last * (before.rate + row.rate);
+  if (row.known) realised = smooth ? gain_of_fit(row, found) : gain_by_trapezoid(row, before);
+  commanded += before.commanded, realised += before.realised;
+  const double deficit = commanded - realised;
   const double trend = steady ? (row.rate - before.rate) / row.h_last : 0.0;
-  const double commanded = h * row.rate + 0.5 * h * h * trend, wanted = commanded + deficit;
-  const bool ahead = steady && before.noisy == 0 && row.turn > 0 && scheme == TrackScheme::direct &&
-                     now.noise_scale == 0;
-  double along_eps, along_state;
-  one_step_move(now, &along_eps, &along_state);
-  const Prediction ahead_of_us = predict(now, row, ahead, along_eps, along_state);
-  double error = 0;
-  if (ahead && now.final != 0 && before.steps > 2) error = measured.miss * (h / row.h_last) * (h / row.h_last);
-  double eta = 1.0;
-  if (row.guided && fabs(ahead_of_us.slope) > 0)
-    eta = (wanted - error - ahead_of_us.base) / ahead_of_us.slope + now.repair / row.square;
-  const double answer = response(row, before);
-  const double bounded = limit(eta, -expm1(-h), answer, row.square / static_cast<double>(columns));
+  const double commanded_next = h * row.rate + 0.5 * h * h * trend;
+  const bool ahead = smooth && scheme == TrackScheme::direct && now.noise_scale == 0;
+  const Gain expected = predict(columns, now, row, realised, answers, found, ahead);
+  const double repair = now.repair / square, eta = expected.solved(commanded_next + deficit) + repair;
+  const double bounded = limit(eta, -expm1(-h), answers, square / static_cast<double>(columns));
   after = TrackMemory{};
-  after.response = answer, after.commanded = measured.commanded, after.realised = measured.realised;
-  after.limited = before.limited;
-  if (!row.guided) return {0.0, row.square, deficit, static_cast<double>(row.flags)};
+  after.response = answers, after.commanded = commanded, after.realised = realised, after.limited = before.limited;
+  if (!row.guided) return {0.0, square, deficit, static_cast<double>(row.flags)};
   const bool limited = bounded != eta;
+  double along_eps = 0, along_state = 0;
+  one_step_move(now, &along_eps, &along_state);
   after.steps = (row.known ? before.steps : 0.0) + 1.0;
   after.alpha = now.alpha, after.sigma = now.sigma, after.alpha_end = now.alpha_end, after.sigma_end = now.sigma_end;
-  after.sq_norm = row.square, after.rate = row.rate, after.eta = bounded, after.noisy = now.noise_scale > 0 ? 1.0 : 0.0;
+  after.sq_norm = square, after.rate = row.rate, after.eta = bounded, after.noisy = now.noise_scale > 0 ? 1.0 : 0.0;
   after.drift_eps = bounded * along_eps, after.drift_state = along_state;
-  after.commanded_next = commanded;
-  after.realised_next = limited ? ahead_of_us.base + ahead_of_us.slope * bounded + error : wanted;
-  after.length = row.known ? row.h_last : 0.0, after.mismatch = measured.mismatch, after.skew = measured.skew;
+  after.commanded_next = commanded_next, after.realised_next = expected.at(bounded - repair);
   after.limited += limited ? 1.0 : 0.0;
-  return {bounded - 1.0, row.square, deficit, static_cast<double>(row.flags | (limited ? limited_flag : 0))};
+  return {bounded - 1.0, square, deficit, static_cast<double>(row.flags | (limited ? limited_flag : 0))};
 }
 
 FASTDENSITY_HOST_DEVICE TrackReport correct(std::int64_t columns, const TrackMemory& before, const Row& row,
                                             TrackMemory& after) {
-  const double h = row.h_last, deficit = before.commanded - before.realised, both = row.square + row.turn;
+  const double h = row.h_last, deficit = before.commanded - before.realised;
   after = before;
-  if (!(row.guided && row.known && both > 0 && h > kTinyStep))
+  if (!(row.guided && row.known && row.turn > 0 && h > kTinyStep))
     return {0.0, row.square, deficit, static_cast<double>(row.flags)};
-  const double first = row.eta_last * (row.square_last + row.turn), wanted = before.commanded_next + deficit;
-  const double eta = (2.0 * (2.0 * (wanted / h) + row.square_last + row.square) - first) / both;
-  const double bounded = limit(eta, -expm1(-h), clamp(before.response, 1e-3, 1.0),
-                               row.square / static_cast<double>(columns));
-  const bool limited = bounded != eta;
-  const double reached = h * (0.25 * (first + bounded * both) - 0.5 * (row.square_last + row.square));
-  after.realised_next = limited ? reached : wanted;
+  const Gain expected = predict_both(row, before);
+  const double eta = expected.solved(before.commanded_next + deficit), share = row.turn / row.square_last;
+  const double mean = 0.5 * (row.eta_last + share * eta);
+  const double kept =
+      limit(mean, -expm1(-h), kept_response(before), row.square_last / static_cast<double>(columns));
+  const bool limited = kept != mean;
+  const double bounded = limited ? (2.0 * kept - row.eta_last) / share : eta;
+  after.realised_next = expected.at(bounded);
   after.limited += limited ? 1.0 : 0.0;
   return {bounded - 1.0, row.square, deficit, static_cast<double>(row.flags | (limited ? limited_flag : 0))};
 }

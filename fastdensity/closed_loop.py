@@ -52,7 +52,6 @@ class ClosedLoop:
         guidance, push, problem, schedule = self.guidance, point.push, self.problem, self.problem.flow.schedule
         if guidance is None or not self.holds(point):
             return None
-        final = step.index == len(self.grid) - 2 or not guidance.active(step.lam_next)
         return {
             "alpha": point.alpha,
             "sigma": point.sigma,
@@ -66,7 +65,6 @@ class ClosedLoop:
             "noise_scale": check_number("noise_scale", noise_scale, point.x, 0.0),
             "sigma_data": problem.sigma_data,
             "carry": carry,
-            "final": float(final),
         }
 
     def step(

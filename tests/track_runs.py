@@ -19,7 +19,7 @@ from fastdensity.reference.track import MEMORY, PARAMETERS, Step, launch_torch
 
 EPSILON_OF = {torch.float64: 2.2e-16, torch.float32: 1.2e-7}
 # of the memory, in nats: sums of terms as large as h ||eps||^2, which all but cancel
-NATS = ("commanded_next", "realised_next", "mismatch", "skew", "commanded", "realised")
+NATS = ("commanded_next", "realised_next", "commanded", "realised")
 SDE_ROW, LIMITED_ROW, FRESH_ROW, STILL_ROW, TURNED_ROW = range(1, 6)  # where a batch has so many
 
 
@@ -178,7 +178,7 @@ def random_call(
         (alpha, sigma), lam = _place(lam), lam + 0.4 + 0.6 * data.random(rows)
         alpha_end, sigma_end = _place(lam)
         step_to = (alpha_end * (1 - 0.1 * noise), sigma_end * (1 - 0.1 * noise))
-        numbers = (alpha, sigma, *step_to, alpha_end, sigma_end, q, shift, zero, one, noise, 0.5, zero, zero)
+        numbers = (alpha, sigma, *step_to, alpha_end, sigma_end, q, shift, zero, one, noise, 0.5, zero)
         prediction = data.prediction(kind, x, alpha, sigma)
         if step == steps:
             break
@@ -188,13 +188,13 @@ def random_call(
         x = (step_to[0] / alpha)[:, None] * x + turn[:, None] * eps
         x = x + (noise * sigma_end)[:, None] * data.normal(rows, columns)
     if scheme == "corrector":
-        numbers = (*(alpha_end, sigma_end) * 3, q, shift, zero, one, zero, 0.5, zero, zero)
+        numbers = (*(alpha_end, sigma_end) * 3, q, shift, zero, one, zero, 0.5, zero)
         prediction = data.prediction(kind, x, alpha_end, sigma_end)
     elif scheme == "direct":  # as of a multistep solver, of Euler's in lam, in the last step; with noise ahead
-        carry, final = 0.5 * data.random(rows), (data.random(rows) > 0.5).double()
+        carry = 0.5 * data.random(rows)
         numbers = (
             alpha, sigma, alpha_end * (1 - 0.1 * data.random(rows)), sigma_end * (1 + 0.1 * data.random(rows)),
-            alpha_end, sigma_end, q, shift, data.normal(rows), one, noise, 0.5, carry, final,
+            alpha_end, sigma_end, q, shift, data.normal(rows), one, noise, 0.5, carry,
         )  # fmt: skip
     call = Call(kind, scheme, (x, prediction, None, last_x, last_eps), numbers, memory)
     if cfg:
@@ -241,8 +241,9 @@ def assert_as_good_as_eager(call: Call, eps: Tensor, report: Tensor, memory: Ten
     assert eps.dtype == eager.dtype == call.dtype
     assert report.dtype == memory.dtype == torch.float64
     unit = EPSILON_OF[call.dtype]
-    # in float64 the eager result is the exact one itself, so its error says nothing: allow a chain of roundings
-    roundings = 512 if call.dtype == torch.float64 else 8
+    # in float64 the eager result is the exact one itself, so its error says nothing: allow a chain of roundings. The
+    # decision divides small differences of the products: a few of its roundings are a few more of the products'
+    roundings = 512 if call.dtype == torch.float64 else 32
     _assert_close("eps", eps.flatten(1), eager, exact, 8 * unit * exact.abs().max())
     assert torch.equal(report[:, 3], exact_report[:, 3]), (report[:, 3], exact_report[:, 3])
     square = exact_report[:, 1].max()

@@ -26,7 +26,7 @@ from fastdensity.triton_kernels.rows_kernels import (
     _tile,
 )
 from fastdensity.triton_kernels.rows_scalars import _direction, coefficients, quantile_term, row_number
-from fastdensity.triton_kernels.track_rule import (
+from fastdensity.triton_kernels.track_estimate import (
     ALPHA,
     ALPHA_NEXT,
     CFG_SCALE,
@@ -37,9 +37,9 @@ from fastdensity.triton_kernels.track_rule import (
     SIGMA_DATA,
     SIGMA_NEXT,
     Q,
-    _pick,
-    decide,
 )
+from fastdensity.triton_kernels.track_model import pick
+from fastdensity.triton_kernels.track_rule import decide
 
 REMEMBERED = tl.constexpr(len(MEMORY))
 COMPILED = ("RULE", "KIND", "MIXED", "NOISE", "SCHEME", "PER_ROW", "DTYPE", "VECTOR", "TILE")
@@ -68,7 +68,6 @@ def _parameters(numbers, row, PER_ROW: tl.constexpr):
         row_number(numbers[10], row, 10, PER_ROW),
         row_number(numbers[11], row, 11, PER_ROW),
         row_number(numbers[12], row, 12, PER_ROW),
-        row_number(numbers[13], row, 13, PER_ROW),
     )
 
 
@@ -79,8 +78,7 @@ def _remembered(memory, row):
     return (
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
         tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9), tl.load(at + 10), tl.load(at + 11),
-        tl.load(at + 12), tl.load(at + 13), tl.load(at + 14), tl.load(at + 15), tl.load(at + 16), tl.load(at + 17),
-        tl.load(at + 18), tl.load(at + 19),
+        tl.load(at + 12), tl.load(at + 13), tl.load(at + 14), tl.load(at + 15), tl.load(at + 16),
     )  # fmt: skip
 
 
@@ -163,14 +161,14 @@ def track_rows(
     eps, report, memory_out, out, step_report, x, prediction, uncond, last_x, last_eps, noise, memory, sample_ids,
     seed: tl.int64, step: tl.int64, vectors,
     number_0, number_1, number_2, number_3, number_4, number_5, number_6, number_7, number_8, number_9,
-    number_10, number_11, number_12, number_13,
+    number_10, number_11, number_12,
     RULE: tl.constexpr, KIND: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, SCHEME: tl.constexpr,
     PER_ROW: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One row per program, TILE elements at a time; RULE "none" only decides."""
     numbers = (
         number_0, number_1, number_2, number_3, number_4, number_5, number_6, number_7, number_8, number_9,
-        number_10, number_11, number_12, number_13,
+        number_10, number_11, number_12,
     )  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     now = _parameters(numbers, row, PER_ROW)
@@ -178,7 +176,7 @@ def track_rows(
     alpha = now[ALPHA]
     # what a fresh row has as its last vectors is never looked at
     fresh = tl.load(memory + row * REMEMBERED) == 0.0
-    last_alpha = _pick(fresh == 0, tl.load(memory + row * REMEMBERED + LAST_ALPHA), 1.0)
+    last_alpha = pick(fresh == 0, tl.load(memory + row * REMEMBERED + LAST_ALPHA), 1.0)
     last_vectors = tl.where(fresh, 0, vectors)
     square = tl.full((), 0.0, tl.float64)
     turn = square

@@ -180,7 +180,6 @@ class GuidedStep:
 
     def _numbers(self, place: Place) -> dict[str, Parameter]:
         step_to = place.step_to or place.end
-        final = place.after is None or not _is_inside(place.after) or not self._wanted(place.end)
         return {
             "alpha": place.here[0],
             "sigma": place.here[1],
@@ -192,7 +191,6 @@ class GuidedStep:
             "noise_scale": place.noise,
             "sigma_data": place.sigma_data,
             "carry": place.carry,
-            "final": float(final),
         }
 
 

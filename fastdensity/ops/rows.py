@@ -102,7 +102,6 @@ def guide_prediction(
     sigma_next: float | Tensor | None = None,
     scheme: str = "direct",
     carry: float | Tensor = 0.0,
-    final: bool = False,
 ) -> Tensor:
     """The network output whose predicted noise is eta times larger: density guidance before any solver.
 
@@ -121,7 +120,7 @@ def guide_prediction(
         state: closes the loop (docs/few-steps.md): eta makes up for what earlier steps missed, and the state is
             brought up to date. Wants the path after the step, alpha_next and sigma_next. scheme: "direct" for one
             evaluation a step, "predictor" and "corrector" for Heun's two. carry: h / (2 h_last) of a two-step method
-            like DPM++(2M), steps measured in ln(alpha / sigma); 0 for others. final: no guided step follows.
+            like DPM++(2M), steps measured in ln(alpha / sigma); 0 for others.
 
     Returns:
         (B, *) in the prediction's dtype. Rows at alpha = 0 or sigma = 0, with ||eps|| = 0, or with numbers that
@@ -144,7 +143,7 @@ def guide_prediction(
             check_number("alpha_next", alpha_next, sample, 0.0),
             check_number("sigma_next", sigma_next, sample, 0.0),
         )
-        loop = check_loop(scheme, carry, final, place, ends, push[2], sample)
+        loop = check_loop(scheme, carry, place, ends, push[2], sample)
         loop |= {"q": push[0], "shift": push[1], "cfg_scale": scale, "sigma_data": data}
         return track("prediction", kind, scheme, state, operands, loop, None, out, report)[0]
     parameters = (*place, 1.0, 1.0, *push, scale, 0.0, data)
@@ -173,7 +172,6 @@ def guided_step(
     step: int = 0,
     out: Tensor | None = None,
     state: GuidanceState | None = None,
-    final: bool = False,
 ) -> StepResult:
     """One guided step of the flow, from (alpha, sigma) to (alpha_next, sigma_next), in one pass.
 
@@ -191,7 +189,7 @@ def guided_step(
         noise_scale: standard deviation of the noise, a number or (B,), in units of the sample.
         out: (B, *) like `sample`; written if given, may be `sample`.
         state: closes the loop (docs/few-steps.md): what the last step missed is made up for in this one, and the
-            state is brought up to date. final: no guided step follows, so this one's own error is allowed for.
+            state is brought up to date.
 
     Returns:
         StepResult with .sample (B, *) in the sample's dtype, .eta, .sq_norm, .dlogp, .flags (B,). A row with
@@ -217,7 +215,7 @@ def guided_step(
     spread = check_number("noise_scale", noise_scale, sample, 0.0)
     operands = (sample, prediction, uncond, noise)
     if state is not None:
-        loop = check_loop("direct", 0.0, final, ends[:2], ends[2:], push[2], sample)
+        loop = check_loop("direct", 0.0, ends[:2], ends[2:], push[2], sample)
         loop |= {"q": push[0], "shift": push[1], "cfg_scale": scale, "noise_scale": spread, "sigma_data": data}
         result, report = track("step", kind, "direct", state, operands, loop, noise_key, out)
     else:

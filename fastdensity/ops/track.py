@@ -23,7 +23,6 @@ from fastdensity.reference.track import MEMORY, PARAMETERS, Operands
 
 DEFAULTS: dict[str, Parameter] = {
     "q": 0.5, "shift": 0.0, "repair": 0.0, "cfg_scale": 1.0, "noise_scale": 0.0, "sigma_data": 0.5, "carry": 0.0,
-    "final": 0.0,
 }  # fmt: skip
 
 
@@ -81,7 +80,7 @@ def track(
 
 
 def check_loop(
-    scheme: Any, carry: Any, final: Any, place: tuple[Parameter, ...], ends: tuple[Parameter, ...], gain: Any,
+    scheme: Any, carry: Any, place: tuple[Parameter, ...], ends: tuple[Parameter, ...], gain: Any,
     sample: Tensor,
 ) -> dict[str, Parameter]:  # fmt: skip
     """What `track` wants to know of a step, checked: `place` and `ends` are (alpha, sigma) before and after it.
@@ -91,8 +90,6 @@ def check_loop(
     """
     if scheme not in reference.SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(reference.SCHEMES)}, got {describe(scheme)}")
-    if not isinstance(final, bool):
-        raise TypeError(f"final must be True or False, got {describe(final)}")
     if isinstance(gain, Tensor) or gain != 0.0:
         raise ValueError("gain cannot be given with state: the closed loop chooses eta itself, from q and shift")
     carry = check_number("carry", carry, sample, 0.0)
@@ -111,7 +108,6 @@ def check_loop(
         "alpha_end": alpha_next,
         "sigma_end": sigma_next,
         "carry": carry,
-        "final": float(final),
     }
 
 

@@ -52,7 +52,6 @@ PARAMETERS = (
     "noise_scale",
     "sigma_data",
     "carry",  # a multistep solver's h / (2 h_last), the weight of its last evaluation; 0 for one-step solvers
-    "final",  # 1: no call follows that could mend this step's error
 )
 
 MEMORY = (
@@ -69,9 +68,6 @@ MEMORY = (
     "drift_state",
     "commanded_next",  # of the step under way: commanded, and what was expected of it
     "realised_next",
-    "length",  # of the step before, in l
-    "mismatch",  # of the slopes on either side of the last call
-    "skew",  # what steps of unequal length did to the trapezoid rule
     "response",  # how ||eps|| answers to a move along eps, 0 .. 1
     "commanded",  # of the steps that are over
     "realised",

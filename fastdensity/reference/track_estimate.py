@@ -1,0 +1,135 @@
+"""What the closed loop makes of `track_model`: the step that ended measured, the step ahead predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastdensity.reference.track_model import EDGE, Fit, Gain, band, band_variances, gain, sum_of_gains, two_variances
+
+TINY_STEP = 1e-9  # in l: moves shorter than this go by the limit of the formulas
+LEAST_RESPONSE = 1e-3
+LEAST_TYPICAL = 0.1
+
+Numbers = dict[str, Tensor]
+
+
+def fit(now: Numbers, before: Numbers, smooth: Tensor) -> Fit:
+    """Two variances that explain the step that ended; where it was not smooth, those of some step."""
+    kappa, kappa_last = torch.where(smooth, now["kappa"], 1.0), torch.where(smooth, now["kappa_last"], 1.1)
+    square_last, turn, move, move_last = (
+        torch.where(smooth, now[name] / now["square"], other)
+        for name, other in (("square_last", 1.1), ("turn", 1.0), ("move", -0.1), ("move_last", -0.1))
+    )
+    usual = kappa * kappa * (1.0 / kept_response(before) - 1.0)
+    return two_variances(square_last, turn, move, move_last, kappa, kappa_last, usual)
+
+
+def kept_response(before: Numbers) -> Tensor:
+    """How much eps was found to answer to a move along itself; pure noise answers wholly, with 1."""
+    return torch.where(before["steps"] > 0, before["response"], 1.0).clamp(LEAST_RESPONSE, 1.0)
+
+
+def response(now: Numbers, before: Numbers, smooth: Tensor, found: Fit) -> Tensor:
+    """The same, now: the mean of kappa^2 / (v + kappa^2); what it was where the last step does not tell."""
+    squared, total = now["kappa"] * now["kappa"], torch.zeros_like(now["kappa"])
+    for part in found.parts:
+        total = total + part.share * squared / (part.variance + squared)
+    return torch.where(smooth, total, kept_response(before)).clamp(LEAST_RESPONSE, 1.0)
+
+
+def measure(now: Numbers, before: Numbers, known: Tensor, smooth: Tensor, found: Fit) -> tuple[Tensor, Tensor]:
+    """(commanded, realised) with the step that has just ended, whose right end is now known.
+
+    Along a smooth step eps is that of two variances. Noise bends no smooth path: it is taken to come at the step's end,
+    orthogonal to what eps was there before, so that half of noise.eps is what it did, and |eps - last eps|^2 is its
+    share of ||eps||^2; the rest of such a step goes by the trapezoid rule. Unknown steps are believed as expected.
+    """
+    gained = torch.where(smooth, _gain_of_fit(now, found), _gain_by_trapezoid(now, before, known))
+    commanded = torch.where(known, 0.5 * now["h_last"] * (before["rate"] + now["rate"]), before["commanded_next"])
+    realised = torch.where(known, gained, before["realised_next"])
+    return before["commanded"] + commanded, before["realised"] + realised
+
+
+def _gain_of_fit(now: Numbers, found: Fit) -> Tensor:
+    total = torch.zeros_like(now["square"])
+    for part in found.parts:
+        one = gain(part.variance, found.kappa_last, found.kappa)
+        total = total + part.share * part.before * part.before * one.at(part.move / part.before)
+    return now["square"] * total
+
+
+def _gain_by_trapezoid(now: Numbers, before: Numbers, known: Tensor) -> Tensor:
+    zero = torch.zeros_like(now["rate"])
+    h, square, square_last = now["h_last"], now["square"], now["square_last"]
+    long = known & (h > TINY_STEP)
+    per_kappa = torch.where(long, h / torch.where(long, now["kappa"] - now["kappa_last"], 1.0), -1.0 / now["kappa"])
+    noisy = before["noisy"] != 0
+    move, move_last = now["move"], now["move_last"]
+    drift = before["drift_eps"] * now["turn"] + before["drift_state"] * (now["state"] - move)
+    drift_last = before["drift_eps"] * square_last + before["drift_state"] * (now["state_last"] - move_last)
+    drift, drift_last = torch.where(noisy, drift, move), torch.where(noisy, drift_last, move_last)
+    share = torch.where(noisy, square - 2.0 * now["turn"] + square_last, zero)
+    gained = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (square + square_last - share)
+    return gained - 0.5 * (move + move_last - drift - drift_last) / now["kappa"]
+
+
+def one_step_move(now: Numbers) -> tuple[Tensor, Tensor]:
+    """(u, v): a step without memory moves y = x / alpha by u eta eps + v y."""
+    one = torch.ones_like(now["rate"])
+    alpha = torch.where(now["alpha"] > 0, now["alpha"], one)
+    end = torch.where(now["alpha_end"] > 0, now["alpha_end"], one)
+    return (now["sigma_next"] - now["alpha_next"] * (now["sigma"] / alpha)) / end, now["alpha_next"] / end - 1.0
+
+
+def predict(
+    columns: int, now: Numbers, realised: Tensor, answers: Tensor, found: Fit, ahead: Tensor, known: Tensor
+) -> Gain:
+    """What the step ahead gains with eta.
+
+    How much of what pure noise would have is left in ||eps||^2, and how much eps answers (`answers`) to a move along
+    itself, say which band of variances is there. Every nat of log p beyond the flow's shortens the way to the mode:
+    ||eps||^2 by 2 / D of what noise has. The step moves y by u eta eps + v y - w (last move + kappa_last eta_last
+    last_eps). Where little is known, eps is taken to stay what it is.
+    """
+    square, kappa, h = now["square"], now["kappa"], now["h"]
+    typical = (columns - 2.0 * realised).clamp_min(LEAST_TYPICAL * columns)
+    fall = (1.0 - answers).clamp(EDGE, 1.0 - EDGE)
+    left = torch.minimum(torch.where(ahead, square / typical, 0.5), 1.0 - fall).clamp_min(EDGE)
+    here, end = torch.where(ahead, kappa, 1.0), torch.where(ahead, now["kappa_end"], 0.9)
+    step, carry = now["kappa_end"] - kappa, torch.where(known, now["carry"], 0.0)
+    safe = torch.where(step != 0, step, 1.0)
+    u, v = one_step_move(now)
+    w, per_eta, drift = step * carry / kappa, u * (1.0 + carry) / safe, v * now["state"] / square
+    steering = now["kappa_last"] * now["eta_last"]
+
+    def parts() -> Iterator[tuple[Tensor, Gain, Tensor, Tensor]]:
+        for variance, share in band_variances(*band(left, fall), here):
+            before = found.before(variance)
+            moved = (found.kappa - found.kappa_last) * (found.offset + found.bend * before)
+            yield share, gain(variance, here, end), per_eta, (drift - w * (moved + steering * before)) / safe
+
+    by = sum_of_gains(parts())
+    rest = (drift - w * (now["move"] + steering * now["turn"]) / square) / safe
+    return Gain(
+        square * torch.where(ahead, by.constant, h * (rest - 1.0)),
+        square * torch.where(ahead, by.linear, h * per_eta),
+        square * torch.where(ahead, by.square, 0.0),
+    )
+
+
+def predict_both(now: Numbers, before: Numbers, guided: Tensor) -> Gain:
+    """What a step along the mean of two directions gains with eta at its end, where it is now (Heun's method)."""
+    found, half = fit(now, before, guided), 0.5 * now["eta_last"]
+    by = sum_of_gains(
+        (
+            part.share * part.before * part.before,
+            gain(part.variance, found.kappa_last, found.kappa),
+            0.5 / part.before,
+            half,
+        )
+        for part in found.parts
+    )
+    return Gain(*(now["square"] * number for number in by))

@@ -1,0 +1,189 @@
+"""What the closed loop makes of `track_model`, in Triton: the twin of `reference.track_estimate`.
+
+What the reference keeps in dictionaries is in tuples here, read by the constants below: `now[ALPHA]`,
+`before[LAST_ALPHA]`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdensity.reference import track_estimate as reference
+from fastdensity.reference.track import MEMORY, PARAMETERS
+from fastdensity.triton_kernels.track_model import (
+    EDGE,
+    NEARLY_ONE,
+    NODE_0,
+    NODE_1,
+    NODE_2,
+    NODE_3,
+    WEIGHT_0,
+    WEIGHT_1,
+    WEIGHT_2,
+    WEIGHT_3,
+    add_gain,
+    at_least,
+    band,
+    before_of,
+    clamp,
+    gain,
+    gain_at,
+    pick,
+    two_variances,
+)
+
+TINY_STEP = tl.constexpr(reference.TINY_STEP)
+LEAST_RESPONSE = tl.constexpr(reference.LEAST_RESPONSE)
+LEAST_TYPICAL = tl.constexpr(reference.LEAST_TYPICAL)
+
+# Where a number is in `now`: the parameters of a call, then what `_safe_numbers` finds.
+(
+    ALPHA, SIGMA, ALPHA_NEXT, SIGMA_NEXT, ALPHA_END, SIGMA_END, Q, SHIFT, REPAIR, CFG_SCALE, NOISE_SCALE, SIGMA_DATA,
+    CARRY,
+    RATE, KAPPA, KAPPA_LAST, KAPPA_END, H, H_LAST, SQUARE, SQUARE_LAST, TURN, MOVE, MOVE_LAST, STATE, STATE_LAST,
+    ETA_LAST,
+) = (tl.constexpr(index) for index in range(len(PARAMETERS) + 14))  # fmt: skip
+
+# Where it is in `before`, in the order of `MEMORY`.
+(
+    LAST_STEPS, LAST_ALPHA, LAST_SIGMA, LAST_ALPHA_END, LAST_SIGMA_END, LAST_SQ_NORM, LAST_RATE, LAST_ETA, LAST_NOISY,
+    LAST_DRIFT_EPS, LAST_DRIFT_STATE, LAST_COMMANDED_NEXT, LAST_REALISED_NEXT, LAST_RESPONSE, LAST_COMMANDED,
+    LAST_REALISED, LAST_LIMITED,
+) = (tl.constexpr(index) for index in range(len(MEMORY)))  # fmt: skip
+
+
+@triton.jit
+def fit(now, before):
+    """Two variances that explain the step that ended, and its line; of no use where it was not smooth."""
+    square, kappa = now[SQUARE], now[KAPPA]
+    usual = kappa * kappa * (1.0 / kept_response(before) - 1.0)
+    return two_variances(
+        now[SQUARE_LAST] / square, now[TURN] / square, now[MOVE] / square, now[MOVE_LAST] / square, kappa,
+        now[KAPPA_LAST], usual,
+    )  # fmt: skip
+
+
+@triton.jit
+def kept_response(before):
+    """How much eps was found to answer to a move along itself; pure noise answers wholly, with 1."""
+    return clamp(pick(before[LAST_STEPS] > 0.0, before[LAST_RESPONSE], 1.0), LEAST_RESPONSE, 1.0)
+
+
+@triton.jit
+def response(now, before, smooth, found):
+    """The same, now; what it was where the last step does not tell."""
+    low, high, _ = found
+    squared = now[KAPPA] * now[KAPPA]
+    total = low[0] * squared / (low[3] + squared) + high[0] * squared / (high[3] + squared)
+    return clamp(tl.where(smooth, total, kept_response(before)), LEAST_RESPONSE, 1.0)
+
+
+@triton.jit
+def measure(now, before, known, smooth, found):
+    """(commanded, realised) with the step that has just ended."""
+    gained = tl.where(smooth, _gain_of_fit(now, found), _gain_by_trapezoid(now, before, known))
+    commanded = tl.where(known, 0.5 * now[H_LAST] * (before[LAST_RATE] + now[RATE]), before[LAST_COMMANDED_NEXT])
+    realised = tl.where(known, gained, before[LAST_REALISED_NEXT])
+    return before[LAST_COMMANDED] + commanded, before[LAST_REALISED] + realised
+
+
+@triton.jit
+def _gain_of_part(now, part):
+    share, before, moved, variance = part
+    return share * before * before * gain_at(gain(variance, now[KAPPA_LAST], now[KAPPA]), moved / before)
+
+
+@triton.jit
+def _gain_of_fit(now, found):
+    return now[SQUARE] * (_gain_of_part(now, found[0]) + _gain_of_part(now, found[1]))
+
+
+@triton.jit
+def _gain_by_trapezoid(now, before, known):
+    h, square, square_last = now[H_LAST], now[SQUARE], now[SQUARE_LAST]
+    long = known & (h > TINY_STEP)
+    per_kappa = tl.where(long, h / pick(long, now[KAPPA] - now[KAPPA_LAST], 1.0), -1.0 / now[KAPPA])
+    noisy = before[LAST_NOISY] != 0.0
+    move, move_last = now[MOVE], now[MOVE_LAST]
+    drift = before[LAST_DRIFT_EPS] * now[TURN] + before[LAST_DRIFT_STATE] * (now[STATE] - move)
+    drift_last = before[LAST_DRIFT_EPS] * square_last + before[LAST_DRIFT_STATE] * (now[STATE_LAST] - move_last)
+    drift, drift_last = tl.where(noisy, drift, move), tl.where(noisy, drift_last, move_last)
+    share = pick(noisy, square - 2.0 * now[TURN] + square_last, 0.0)
+    gained = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (square + square_last - share)
+    return gained - 0.5 * (move + move_last - drift - drift_last) / now[KAPPA]
+
+
+@triton.jit
+def one_step_move(now):
+    """(u, v): a step without memory moves y = x / alpha by u eta eps + v y."""
+    alpha, end = pick(now[ALPHA] > 0.0, now[ALPHA], 1.0), pick(now[ALPHA_END] > 0.0, now[ALPHA_END], 1.0)
+    return (now[SIGMA_NEXT] - now[ALPHA_NEXT] * (now[SIGMA] / alpha)) / end, now[ALPHA_NEXT] / end - 1.0
+
+
+@triton.jit
+def _variance(kappa, lowest, width, NODE: tl.constexpr):
+    return kappa * kappa * tl.exp(lowest + width * NODE)
+
+
+@triton.jit
+def _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT: tl.constexpr):
+    """(weight, weighted gain) with one variance of the band more."""
+    weights, by = total
+    kappa, kappa_last = now[KAPPA], now[KAPPA_LAST]
+    before = before_of(variance, line, kappa, kappa_last)
+    moved = (kappa - kappa_last) * (line[1] + line[2] * before)
+    rest = (drift - w * (moved + kappa_last * now[ETA_LAST] * before)) / safe
+    weight = tl.full((), WEIGHT, tl.float64) / (variance + kappa * kappa)
+    return weights + weight, add_gain(by, weight, gain(variance, kappa, end), per_eta, rest)
+
+
+@triton.jit
+def predict(columns, now, realised, answers, found, ahead, known, SCHEME: tl.constexpr):
+    """What the step ahead gains with eta."""
+    square, kappa, h = now[SQUARE], now[KAPPA], now[H]
+    step, carry = now[KAPPA_END] - kappa, pick(known, now[CARRY], 0.0)
+    safe = pick(step != 0.0, step, 1.0)
+    u, v = one_step_move(now)
+    w, per_eta, drift = step * carry / kappa, u * (1.0 + carry) / safe, v * now[STATE] / square
+    rest = (drift - w * (now[MOVE] + now[KAPPA_LAST] * now[ETA_LAST] * now[TURN]) / square) / safe
+    constant, linear, bend = h * (rest - 1.0), h * per_eta, tl.full((), 0.0, tl.float64)
+    if SCHEME == "direct":
+        typical = columns - realised * 2.0
+        least = columns * LEAST_TYPICAL
+        typical = tl.where(typical < least, least, typical)
+        fall = clamp(1.0 - answers, EDGE, NEARLY_ONE)
+        left = pick(ahead, square / typical, 0.5)
+        left = at_least(tl.where(left < 1.0 - fall, left, 1.0 - fall), EDGE)
+        lowest, width = band(left, fall)
+        end = tl.where(ahead, now[KAPPA_END], kappa * 0.9)
+        _, _, line = found
+        zero = tl.full((), 0.0, tl.float64)
+        total = (zero, (zero, zero, zero))
+        variance = _variance(kappa, lowest, width, NODE_0)
+        total = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_0)
+        variance = _variance(kappa, lowest, width, NODE_1)
+        total = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_1)
+        variance = _variance(kappa, lowest, width, NODE_2)
+        total = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_2)
+        variance = _variance(kappa, lowest, width, NODE_3)
+        weights, by = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_3)
+        constant, linear = tl.where(ahead, by[0] / weights, constant), tl.where(ahead, by[1] / weights, linear)
+        bend = tl.where(ahead, by[2] / weights, bend)
+    return square * constant, square * linear, square * bend
+
+
+@triton.jit
+def _add_of_part(total, now, part):
+    share, before, _, variance = part
+    one = gain(variance, now[KAPPA_LAST], now[KAPPA])
+    return add_gain(total, share * before * before, one, 0.5 / before, 0.5 * now[ETA_LAST])
+
+
+@triton.jit
+def predict_both(now, before):
+    """What a step along the mean of two directions gains with eta at its end (Heun's method)."""
+    low, high, _ = fit(now, before)
+    zero = tl.full((), 0.0, tl.float64)
+    constant, linear, square = _add_of_part(_add_of_part((zero, zero, zero), now, low), now, high)
+    return now[SQUARE] * constant, now[SQUARE] * linear, now[SQUARE] * square
