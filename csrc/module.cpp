@@ -168,7 +168,7 @@ void track_cpu_entry(TrackArgument argument, nb::tuple operands, nb::tuple param
   // the step's alpha, sigma, alpha_next and sigma_next; its q; cfg_scale, noise_scale and sigma_data
   std::copy_n(call.parameters, 4, call.step.parameters);
   call.step.parameters[4].value = 0.5;
-  std::copy_n(call.parameters + 9, 3, call.step.parameters + 7);
+  std::copy_n(call.parameters + 8, 3, call.step.parameters + 7);
   call.scheme = static_cast<TrackScheme>(scheme), call.in_double = in_double;
   call.last_x = rows_of(operands[3], columns), call.last_eps = rows_of(operands[4], columns);
   call.memory = doubles(memory), call.memory_out = doubles(results[2]);

@@ -75,7 +75,7 @@ const char* rows_cuda(const RowsCall& call, void* scratch, void* stream);
 
 // The closed loop of guidance: fastdensity/reference/track.py has the contract, the parameters and the memory.
 enum class TrackScheme : int { direct = 0, predictor, corrector };
-constexpr int kTrackParameters = 13, kTrackMemory = 17;
+constexpr int kTrackParameters = 12, kTrackMemory = 17;
 
 struct TrackCall {
   TrackScheme scheme = TrackScheme::direct;

@@ -14,13 +14,13 @@ struct TrackGram {
 };
 
 struct TrackParameters {
-  double alpha, sigma, alpha_next, sigma_next, alpha_end, sigma_end, q, shift, repair, cfg_scale, noise_scale,
+  double alpha, sigma, alpha_next, sigma_next, alpha_end, sigma_end, q, shift, cfg_scale, noise_scale,
       sigma_data, carry;
 };
 static_assert(sizeof(TrackParameters) == kTrackParameters * sizeof(double));
 
 struct TrackMemory {
-  double steps, alpha, sigma, alpha_end, sigma_end, sq_norm, rate, eta, noisy, drift_eps, drift_state, commanded_next,
+  double steps, alpha, sigma, alpha_end, sigma_end, sq_norm, rate, eta, noise, drift_eps, drift_state, commanded_next,
       realised_next, response, commanded, realised, limited;
 };
 static_assert(sizeof(TrackMemory) == kTrackMemory * sizeof(double));
@@ -36,7 +36,7 @@ FASTDENSITY_HOST_DEVICE void TrackGram::operator+=(const TrackGram& other) {
 
 namespace track {
 
-constexpr double kTinyStep = 1e-9, kSamePlace = 1e-4, kLeastResponse = 1e-3, kLeastTypical = 0.1;
+constexpr double kTinyStep = 1e-9, kSamePlace = 1e-4, kLeastResponse = 1e-3, kLeastTypical = 0.1, kLeastQuiet = 0.05;
 constexpr double kShortest = 0.5, kLongest = 2.0, kNearest = 0.1;
 
 // What a decision starts from; numbers that a row does not have are 0 or 1.
@@ -51,7 +51,7 @@ FASTDENSITY_HOST_DEVICE int problems(TrackScheme scheme, const TrackParameters& 
   int flags = end_flags(now.alpha) | end_flags(now.sigma) | end_flags(now.alpha_end) | end_flags(now.sigma_end);
   bool bad = !(now.q > 0 && now.q < 1) || !(now.noise_scale >= 0) || !std::isfinite(rate);
   if (scheme != TrackScheme::corrector) bad |= !(now.alpha * now.sigma_end < now.sigma * now.alpha_end);
-  bad |= !std::isfinite(now.alpha_next) || !std::isfinite(now.sigma_next) || !std::isfinite(now.repair) ||
+  bad |= !std::isfinite(now.alpha_next) || !std::isfinite(now.sigma_next) ||
          !std::isfinite(now.cfg_scale) || !std::isfinite(now.noise_scale) || !std::isfinite(now.carry);
   if (bad) flags |= bad_parameter;
   if (square == 0) flags |= zero_score;
@@ -99,6 +99,19 @@ FASTDENSITY_HOST_DEVICE double kept_response(const TrackMemory& before) {
   return clamp(before.steps > 0 ? before.response : 1.0, kLeastResponse, 1.0);
 }
 
+// `row` but for the noise at the end of the last step; returns what the noise brought.
+FASTDENSITY_HOST_DEVICE double without_noise(const TrackMemory& before, Row& row) {
+  if (!(before.noise > 0)) return 0.0;
+  const double drift = before.drift_eps * row.turn + before.drift_state * (row.state - row.move);
+  const double drift_last =
+      before.drift_eps * row.square_last + before.drift_state * (row.state_last - row.move_last);
+  const double answer = kept_response(before) / row.kappa, across = row.move_last - drift_last;
+  const double along = across * row.turn / row.square_last, after = row.move - drift;
+  row.square = fmax(row.square - answer * (after + along), kLeastQuiet * row.square);
+  row.turn -= answer * across, row.move = drift, row.move_last = drift_last;
+  return -0.5 * (after + along) / row.kappa;
+}
+
 FASTDENSITY_HOST_DEVICE Fit fit(const Row& row, const TrackMemory& before) {
   const double usual = row.kappa * row.kappa * (1.0 / kept_response(before) - 1.0), square = row.square;
   return two_variances(row.square_last / square, row.turn / square, row.move / square, row.move_last / square,
@@ -120,16 +133,15 @@ FASTDENSITY_HOST_DEVICE double gain_of_fit(const Row& row, const Fit& found) {
   return row.square * total;
 }
 
-FASTDENSITY_HOST_DEVICE double gain_by_trapezoid(const Row& row, const TrackMemory& before) {
+FASTDENSITY_HOST_DEVICE double gain_by_trapezoid(const Row& row) {
   const double h = row.h_last, per_kappa = h > kTinyStep ? h / (row.kappa - row.kappa_last) : -1.0 / row.kappa;
-  double drift = row.move, drift_last = row.move_last, share = 0;
-  if (before.noisy != 0) {
-    drift = before.drift_eps * row.turn + before.drift_state * (row.state - row.move);
-    drift_last = before.drift_eps * row.square_last + before.drift_state * (row.state_last - row.move_last);
-    share = row.square - 2.0 * row.turn + row.square_last;
-  }
-  const double gained = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (row.square + row.square_last - share);
-  return gained - 0.5 * (row.move + row.move_last - drift - drift_last) / row.kappa;
+  return 0.5 * per_kappa * (row.move + row.move_last) - 0.5 * h * (row.square + row.square_last);
+}
+
+// Variance of the noise of a step ahead, as it is in y = x / alpha.
+FASTDENSITY_HOST_DEVICE double noise_over_state(const TrackParameters& now) {
+  const double end = now.alpha_end > 0 ? now.alpha_end : 1.0;
+  return (now.noise_scale / end) * (now.noise_scale / end);
 }
 
 FASTDENSITY_HOST_DEVICE void one_step_move(const TrackParameters& now, double* u, double* v) {
@@ -143,26 +155,32 @@ FASTDENSITY_HOST_DEVICE Gain scaled(const Gain& by, double number) {
   return result;
 }
 
-FASTDENSITY_HOST_DEVICE Gain predict(std::int64_t columns, const TrackParameters& now, const Row& row, double realised,
+FASTDENSITY_HOST_DEVICE Gain predict(std::int64_t columns, const TrackParameters& now, const Row& row, double commanded,
                                      double answers, const Fit& found, bool ahead) {
   const double kappa = row.kappa, step = row.kappa_end - kappa, safe = step != 0 ? step : 1.0;
   const double carry = row.known ? now.carry : 0.0, steering = row.kappa_last * row.eta_last;
   double u = 0, v = 0;
   one_step_move(now, &u, &v);
   const double w = step * carry / kappa, per_eta = u * (1.0 + carry) / safe, drift = v * row.state / row.square;
+  const double size = static_cast<double>(columns), typical = fmax(size - 2.0 * commanded, kLeastTypical * size);
+  // what noise would take of pure noise
+  const double taken = 0.5 * size * noise_over_state(now) / (row.kappa_end * row.kappa_end);
   Gain by;
   if (!ahead) {
     const double rest = (drift - w * (row.move + steering * row.turn) / row.square) / safe;
     by.constant = row.h * (rest - 1.0), by.linear = row.h * per_eta;
-    return scaled(by, row.square);
+    by = scaled(by, row.square);
+    by.constant -= taken * fmin(row.square / typical, 1.0);
+    return by;
   }
-  const double size = static_cast<double>(columns), typical = fmax(size - 2.0 * realised, kLeastTypical * size);
   const double fall = clamp(1.0 - answers, kEdge, 1.0 - kEdge);
   const Band range = band(fmax(fmin(row.square / typical, 1.0 - fall), kEdge), fall);
-  double variances[4], weights[4], total = 0;
+  const double end = row.kappa_end * row.kappa_end;
+  double variances[4], weights[4], total = 0, remains = 0;
   for (int i = 0; i < 4; ++i) {
     variances[i] = kappa * kappa * exp(range.lowest + kNodes[i] * range.width);
     weights[i] = kWeights[i] / (variances[i] + kappa * kappa), total += weights[i];
+    remains += kWeights[i] * end / (variances[i] + end);
   }
   for (int i = 0; i < 4; ++i) {
     const double before = found.before(variances[i]);
@@ -170,7 +188,9 @@ FASTDENSITY_HOST_DEVICE Gain predict(std::int64_t columns, const TrackParameters
     by.add(weights[i] / total, gain(variances[i], kappa, row.kappa_end), per_eta,
            (drift - w * (moved + steering * before)) / safe);
   }
-  return scaled(by, row.square);
+  by = scaled(by, row.square);
+  by.constant -= taken * remains;
+  return by;
 }
 
 FASTDENSITY_HOST_DEVICE Gain predict_both(const Row& row, const TrackMemory& before) {
@@ -194,20 +214,23 @@ FASTDENSITY_HOST_DEVICE double limit(double eta, double stride, double response,
 FASTDENSITY_HOST_DEVICE TrackReport advance(TrackScheme scheme, std::int64_t columns, const TrackParameters& now,
                                             const TrackMemory& before, const Row& row, TrackMemory& after) {
   const double h = row.h, square = row.square;
-  const bool steady = row.known && row.h_last > kTinyStep, smooth = steady && before.noisy == 0 && row.turn > 0;
+  const bool steady = row.known && row.h_last > kTinyStep;
+  Row quiet = row;
+  const double brought = without_noise(before, quiet);
+  const bool smooth = steady && quiet.turn > 0;
   Fit found;
-  if (smooth) found = fit(row, before);
-  const double answers = smooth ? response(row, found) : kept_response(before);
+  if (smooth) found = fit(quiet, before);
+  const double answers = smooth ? response(quiet, found) : kept_response(before);
   double commanded = before.commanded_next, realised = before.realised_next;
   if (row.known) commanded = 0.5 * row.h_last * (before.rate + row.rate);
-  if (row.known) realised = smooth ? gain_of_fit(row, found) : gain_by_trapezoid(row, before);
+  if (row.known) realised = (smooth ? gain_of_fit(quiet, found) : gain_by_trapezoid(quiet)) + brought;
   commanded += before.commanded, realised += before.realised;
   const double deficit = commanded - realised;
   const double trend = steady ? (row.rate - before.rate) / row.h_last : 0.0;
   const double commanded_next = h * row.rate + 0.5 * h * h * trend;
-  const bool ahead = smooth && scheme == TrackScheme::direct && now.noise_scale == 0;
-  const Gain expected = predict(columns, now, row, realised, answers, found, ahead);
-  const double repair = now.repair / square, eta = expected.solved(commanded_next + deficit) + repair;
+  const bool ahead = smooth && scheme == TrackScheme::direct;
+  const Gain expected = predict(columns, now, row, commanded, answers, found, ahead);
+  const double eta = expected.solved(commanded_next + deficit);
   const double bounded = limit(eta, -expm1(-h), answers, square / static_cast<double>(columns));
   after = TrackMemory{};
   after.response = answers, after.commanded = commanded, after.realised = realised, after.limited = before.limited;
@@ -217,9 +240,9 @@ FASTDENSITY_HOST_DEVICE TrackReport advance(TrackScheme scheme, std::int64_t col
   one_step_move(now, &along_eps, &along_state);
   after.steps = (row.known ? before.steps : 0.0) + 1.0;
   after.alpha = now.alpha, after.sigma = now.sigma, after.alpha_end = now.alpha_end, after.sigma_end = now.sigma_end;
-  after.sq_norm = square, after.rate = row.rate, after.eta = bounded, after.noisy = now.noise_scale > 0 ? 1.0 : 0.0;
+  after.sq_norm = square, after.rate = row.rate, after.eta = bounded, after.noise = noise_over_state(now);
   after.drift_eps = bounded * along_eps, after.drift_state = along_state;
-  after.commanded_next = commanded_next, after.realised_next = expected.at(bounded - repair);
+  after.commanded_next = commanded_next, after.realised_next = expected.at(bounded);
   after.limited += limited ? 1.0 : 0.0;
   return {bounded - 1.0, square, deficit, static_cast<double>(row.flags | (limited ? limited_flag : 0))};
 }

@@ -61,7 +61,6 @@ class ClosedLoop:
             "sigma_end": float(schedule.sigma(step.lam_next)),
             "q": check_number("q", push.q, point.x, 0.0, 1.0, True),
             "shift": check_number("shift", push.shift, point.x),
-            "repair": check_number("repair", push.repair, point.x),
             "noise_scale": check_number("noise_scale", noise_scale, point.x, 0.0),
             "sigma_data": problem.sigma_data,
             "carry": carry,

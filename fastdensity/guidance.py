@@ -176,6 +176,8 @@ class StochasticDensityGuidance(DensityGuidance):
         relative_noise = check_number("noise(lam)", self.noise(lam_step), local.x, 0.0)
         if not isinstance(relative_noise, Tensor) and relative_noise == 0.0:
             return plain
+        if self.track:  # the loop measures what noise does, and sees it coming
+            return Push(q=plain.q, shift=plain.shift, relative_noise=relative_noise)
         spread = local.laplacian()
         if self.projection_term:
             spread = spread - local.curvature_along_score()

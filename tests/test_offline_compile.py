@@ -169,7 +169,7 @@ def _kernels_of_the_loop_compiled() -> list[int]:
             torch.zeros(rows, 4).double(),
             torch.zeros(rows, columns),
         )
-        numbers = (*[value] * 6, torch.zeros(rows), *[value] * 7)
+        numbers = (*[value] * 6, torch.zeros(rows), *[value] * 5)
         operands = (vector, vector, None, vector, vector)
         (launch,) = plan("velocity", "direct", operands, numbers, memory, eps, report, memory).launches
         launch.kernel.run(*launch.arguments, grid=(launch.grid,), warmup=True, **launch.constants)

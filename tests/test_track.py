@@ -35,7 +35,7 @@ def levels(count: int) -> list[tuple[float, float]]:
 
 def parameters(here: tuple[float, float], end: tuple[float, float], **others: Any) -> tuple[Any, ...]:
     values = {"alpha": here[0], "sigma": here[1], "alpha_next": end[0], "sigma_next": end[1], "alpha_end": end[0],
-              "sigma_end": end[1], "q": 0.4, "shift": 0.0, "repair": 0.0, "cfg_scale": 1.0, "noise_scale": 0.0,
+              "sigma_end": end[1], "q": 0.4, "shift": 0.0, "cfg_scale": 1.0, "noise_scale": 0.0,
               "sigma_data": 0.5, "carry": 0.0} | others  # fmt: skip
     return tuple(values[name] for name in PARAMETERS)
 
@@ -107,7 +107,7 @@ def test_every_prediction_type_is_as_good_as_eager(kind: str, dtype: torch.dtype
     [
         {},
         {"carry": 0.45},
-        {"noise_scale": 0.1, "repair": -3.0},
+        {"noise_scale": 0.1},
         {"shift": 30.0},
         {"alpha_next": 0.9, "sigma_next": -0.1},
         {"q": 1 - 1e-6},

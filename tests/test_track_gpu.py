@@ -148,7 +148,7 @@ def test_a_row_of_more_than_two_to_the_31_elements():
         pytest.skip("needs 24 GiB of free device memory")
     x = torch.ones(1, columns, dtype=torch.bfloat16, device="cuda")
     x[0, -1] = 2.0
-    numbers = (0.6, 0.8, 0.8, 0.6, 0.8, 0.6, 0.5, 0.0, 0.0, 1.0, 0.0, 0.5, 0.0, 0.0)
+    numbers = (0.6, 0.8, 0.8, 0.6, 0.8, 0.6, 0.5, 0.0, 1.0, 0.0, 0.5, 0.0)
     memory = torch.zeros(1, len(MEMORY), dtype=torch.float64, device="cuda")
     eps, report, _ = run(Call("epsilon", "direct", (x, x, None, None, None), numbers, memory))
     assert float(report[0, 1]) == columns + 3

@@ -103,7 +103,7 @@ def assert_step_as_good_as_eager(
     (exact, exact_report), (eager, eager_report) = results
     assert torch.equal(report[:, 3].double(), exact_report[:, 3].double())
     stored = {torch.bfloat16: 4e-3, torch.float16: 5e-4}.get(out.dtype, EPSILON_OF[call.dtype])
-    roundings = 8 if call.dtype == torch.float32 else 512
+    roundings = 32 if call.dtype == torch.float32 else 512
     guided = exact_report[:, 3] == 0
     for index, row in enumerate(guided.tolist()):
         if row:
@@ -178,7 +178,7 @@ def random_call(
         (alpha, sigma), lam = _place(lam), lam + 0.4 + 0.6 * data.random(rows)
         alpha_end, sigma_end = _place(lam)
         step_to = (alpha_end * (1 - 0.1 * noise), sigma_end * (1 - 0.1 * noise))
-        numbers = (alpha, sigma, *step_to, alpha_end, sigma_end, q, shift, zero, one, noise, 0.5, zero)
+        numbers = (alpha, sigma, *step_to, alpha_end, sigma_end, q, shift, one, noise, 0.5, zero)
         prediction = data.prediction(kind, x, alpha, sigma)
         if step == steps:
             break
@@ -188,13 +188,13 @@ def random_call(
         x = (step_to[0] / alpha)[:, None] * x + turn[:, None] * eps
         x = x + (noise * sigma_end)[:, None] * data.normal(rows, columns)
     if scheme == "corrector":
-        numbers = (*(alpha_end, sigma_end) * 3, q, shift, zero, one, zero, 0.5, zero)
+        numbers = (*(alpha_end, sigma_end) * 3, q, shift, one, zero, 0.5, zero)
         prediction = data.prediction(kind, x, alpha_end, sigma_end)
     elif scheme == "direct":  # as of a multistep solver, of Euler's in lam, in the last step; with noise ahead
         carry = 0.5 * data.random(rows)
         numbers = (
             alpha, sigma, alpha_end * (1 - 0.1 * data.random(rows)), sigma_end * (1 + 0.1 * data.random(rows)),
-            alpha_end, sigma_end, q, shift, data.normal(rows), one, noise, 0.5, carry,
+            alpha_end, sigma_end, q, shift, one, noise, 0.5, carry,
         )  # fmt: skip
     call = Call(kind, scheme, (x, prediction, None, last_x, last_eps), numbers, memory)
     if cfg:

@@ -36,10 +36,11 @@ from fastdensity.triton_kernels.track_model import (
 TINY_STEP = tl.constexpr(reference.TINY_STEP)
 LEAST_RESPONSE = tl.constexpr(reference.LEAST_RESPONSE)
 LEAST_TYPICAL = tl.constexpr(reference.LEAST_TYPICAL)
+LEAST_QUIET = tl.constexpr(reference.LEAST_QUIET)
 
 # Where a number is in `now`: the parameters of a call, then what `_safe_numbers` finds.
 (
-    ALPHA, SIGMA, ALPHA_NEXT, SIGMA_NEXT, ALPHA_END, SIGMA_END, Q, SHIFT, REPAIR, CFG_SCALE, NOISE_SCALE, SIGMA_DATA,
+    ALPHA, SIGMA, ALPHA_NEXT, SIGMA_NEXT, ALPHA_END, SIGMA_END, Q, SHIFT, CFG_SCALE, NOISE_SCALE, SIGMA_DATA,
     CARRY,
     RATE, KAPPA, KAPPA_LAST, KAPPA_END, H, H_LAST, SQUARE, SQUARE_LAST, TURN, MOVE, MOVE_LAST, STATE, STATE_LAST,
     ETA_LAST,
@@ -47,21 +48,44 @@ LEAST_TYPICAL = tl.constexpr(reference.LEAST_TYPICAL)
 
 # Where it is in `before`, in the order of `MEMORY`.
 (
-    LAST_STEPS, LAST_ALPHA, LAST_SIGMA, LAST_ALPHA_END, LAST_SIGMA_END, LAST_SQ_NORM, LAST_RATE, LAST_ETA, LAST_NOISY,
+    LAST_STEPS, LAST_ALPHA, LAST_SIGMA, LAST_ALPHA_END, LAST_SIGMA_END, LAST_SQ_NORM, LAST_RATE, LAST_ETA, LAST_NOISE,
     LAST_DRIFT_EPS, LAST_DRIFT_STATE, LAST_COMMANDED_NEXT, LAST_REALISED_NEXT, LAST_RESPONSE, LAST_COMMANDED,
     LAST_REALISED, LAST_LIMITED,
 ) = (tl.constexpr(index) for index in range(len(MEMORY)))  # fmt: skip
 
 
 @triton.jit
-def fit(now, before):
-    """Two variances that explain the step that ended, and its line; of no use where it was not smooth."""
+def without_noise(now, before):
+    """(the products that the last step has but for the noise at its end, nats over -div u that the noise brought)."""
     square, kappa = now[SQUARE], now[KAPPA]
+    drift = before[LAST_DRIFT_EPS] * now[TURN] + before[LAST_DRIFT_STATE] * (now[STATE] - now[MOVE])
+    drift_last = before[LAST_DRIFT_EPS] * now[SQUARE_LAST]
+    drift_last += before[LAST_DRIFT_STATE] * (now[STATE_LAST] - now[MOVE_LAST])
+    noisy = before[LAST_NOISE] > 0.0
+    answer = kept_response(before) / kappa
+    across = now[MOVE_LAST] - drift_last
+    along, after = across * now[TURN] / now[SQUARE_LAST], now[MOVE] - drift
+    quiet = square - answer * (after + along)
+    least = square * LEAST_QUIET
+    quiet = tl.where(quiet < least, least, quiet)
+    products = (
+        tl.where(noisy, quiet, square),
+        tl.where(noisy, now[TURN] - answer * across, now[TURN]),
+        tl.where(noisy, drift, now[MOVE]),
+        tl.where(noisy, drift_last, now[MOVE_LAST]),
+    )
+    return products, pick(noisy, (after + along) * -0.5 / kappa, 0.0)
+
+
+@triton.jit
+def fit(now, products, before):
+    """Two variances that explain the step that ended, and its line; of no use where it was not smooth."""
+    square, turn, move, move_last = products
+    kappa = now[KAPPA]
     usual = kappa * kappa * (1.0 / kept_response(before) - 1.0)
     return two_variances(
-        now[SQUARE_LAST] / square, now[TURN] / square, now[MOVE] / square, now[MOVE_LAST] / square, kappa,
-        now[KAPPA_LAST], usual,
-    )  # fmt: skip
+        now[SQUARE_LAST] / square, turn / square, move / square, move_last / square, kappa, now[KAPPA_LAST], usual
+    )
 
 
 @triton.jit
@@ -80,9 +104,9 @@ def response(now, before, smooth, found):
 
 
 @triton.jit
-def measure(now, before, known, smooth, found):
+def measure(now, products, before, known, smooth, found, brought):
     """(commanded, realised) with the step that has just ended."""
-    gained = tl.where(smooth, _gain_of_fit(now, found), _gain_by_trapezoid(now, before, known))
+    gained = tl.where(smooth, _gain_of_fit(now, products[0], found), _gain_by_trapezoid(now, products, known)) + brought
     commanded = tl.where(known, 0.5 * now[H_LAST] * (before[LAST_RATE] + now[RATE]), before[LAST_COMMANDED_NEXT])
     realised = tl.where(known, gained, before[LAST_REALISED_NEXT])
     return before[LAST_COMMANDED] + commanded, before[LAST_REALISED] + realised
@@ -95,23 +119,24 @@ def _gain_of_part(now, part):
 
 
 @triton.jit
-def _gain_of_fit(now, found):
-    return now[SQUARE] * (_gain_of_part(now, found[0]) + _gain_of_part(now, found[1]))
+def _gain_of_fit(now, square, found):
+    return square * (_gain_of_part(now, found[0]) + _gain_of_part(now, found[1]))
 
 
 @triton.jit
-def _gain_by_trapezoid(now, before, known):
-    h, square, square_last = now[H_LAST], now[SQUARE], now[SQUARE_LAST]
+def _gain_by_trapezoid(now, products, known):
+    h = now[H_LAST]
+    square, _, move, move_last = products
     long = known & (h > TINY_STEP)
     per_kappa = tl.where(long, h / pick(long, now[KAPPA] - now[KAPPA_LAST], 1.0), -1.0 / now[KAPPA])
-    noisy = before[LAST_NOISY] != 0.0
-    move, move_last = now[MOVE], now[MOVE_LAST]
-    drift = before[LAST_DRIFT_EPS] * now[TURN] + before[LAST_DRIFT_STATE] * (now[STATE] - move)
-    drift_last = before[LAST_DRIFT_EPS] * square_last + before[LAST_DRIFT_STATE] * (now[STATE_LAST] - move_last)
-    drift, drift_last = tl.where(noisy, drift, move), tl.where(noisy, drift_last, move_last)
-    share = pick(noisy, square - 2.0 * now[TURN] + square_last, 0.0)
-    gained = 0.5 * per_kappa * (drift + drift_last) - 0.5 * h * (square + square_last - share)
-    return gained - 0.5 * (move + move_last - drift - drift_last) / now[KAPPA]
+    return 0.5 * per_kappa * (move + move_last) - 0.5 * h * (square + now[SQUARE_LAST])
+
+
+@triton.jit
+def noise_over_state(now):
+    """Variance of the noise of a step ahead, as it is in y = x / alpha."""
+    noise = now[NOISE_SCALE] / pick(now[ALPHA_END] > 0.0, now[ALPHA_END], 1.0)
+    return noise * noise
 
 
 @triton.jit
@@ -128,18 +153,19 @@ def _variance(kappa, lowest, width, NODE: tl.constexpr):
 
 @triton.jit
 def _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT: tl.constexpr):
-    """(weight, weighted gain) with one variance of the band more."""
-    weights, by = total
+    """(weight, weighted gain, what is left at the end) with one variance of the band more."""
+    weights, by, remains = total
     kappa, kappa_last = now[KAPPA], now[KAPPA_LAST]
     before = before_of(variance, line, kappa, kappa_last)
     moved = (kappa - kappa_last) * (line[1] + line[2] * before)
     rest = (drift - w * (moved + kappa_last * now[ETA_LAST] * before)) / safe
     weight = tl.full((), WEIGHT, tl.float64) / (variance + kappa * kappa)
-    return weights + weight, add_gain(by, weight, gain(variance, kappa, end), per_eta, rest)
+    remains += end * end / (variance + end * end) * WEIGHT
+    return weights + weight, add_gain(by, weight, gain(variance, kappa, end), per_eta, rest), remains
 
 
 @triton.jit
-def predict(columns, now, realised, answers, found, ahead, known, SCHEME: tl.constexpr):
+def predict(columns, now, commanded, answers, found, ahead, known, SCHEME: tl.constexpr):
     """What the step ahead gains with eta."""
     square, kappa, h = now[SQUARE], now[KAPPA], now[H]
     step, carry = now[KAPPA_END] - kappa, pick(known, now[CARRY], 0.0)
@@ -148,10 +174,12 @@ def predict(columns, now, realised, answers, found, ahead, known, SCHEME: tl.con
     w, per_eta, drift = step * carry / kappa, u * (1.0 + carry) / safe, v * now[STATE] / square
     rest = (drift - w * (now[MOVE] + now[KAPPA_LAST] * now[ETA_LAST] * now[TURN]) / square) / safe
     constant, linear, bend = h * (rest - 1.0), h * per_eta, tl.full((), 0.0, tl.float64)
+    typical = columns - commanded * 2.0
+    least = columns * LEAST_TYPICAL
+    typical = tl.where(typical < least, least, typical)
+    remains = square / typical
+    remains = pick(remains < 1.0, remains, 1.0)
     if SCHEME == "direct":
-        typical = columns - realised * 2.0
-        least = columns * LEAST_TYPICAL
-        typical = tl.where(typical < least, least, typical)
         fall = clamp(1.0 - answers, EDGE, NEARLY_ONE)
         left = pick(ahead, square / typical, 0.5)
         left = at_least(tl.where(left < 1.0 - fall, left, 1.0 - fall), EDGE)
@@ -159,7 +187,7 @@ def predict(columns, now, realised, answers, found, ahead, known, SCHEME: tl.con
         end = tl.where(ahead, now[KAPPA_END], kappa * 0.9)
         _, _, line = found
         zero = tl.full((), 0.0, tl.float64)
-        total = (zero, (zero, zero, zero))
+        total = (zero, (zero, zero, zero), zero)
         variance = _variance(kappa, lowest, width, NODE_0)
         total = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_0)
         variance = _variance(kappa, lowest, width, NODE_1)
@@ -167,10 +195,11 @@ def predict(columns, now, realised, answers, found, ahead, known, SCHEME: tl.con
         variance = _variance(kappa, lowest, width, NODE_2)
         total = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_2)
         variance = _variance(kappa, lowest, width, NODE_3)
-        weights, by = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_3)
+        weights, by, left_then = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_3)
         constant, linear = tl.where(ahead, by[0] / weights, constant), tl.where(ahead, by[1] / weights, linear)
-        bend = tl.where(ahead, by[2] / weights, bend)
-    return square * constant, square * linear, square * bend
+        bend, remains = tl.where(ahead, by[2] / weights, bend), tl.where(ahead, left_then, remains)
+    taken = 0.5 * columns * noise_over_state(now) / (now[KAPPA_END] * now[KAPPA_END]) * remains
+    return square * constant - taken, square * linear, square * bend
 
 
 @triton.jit
@@ -183,7 +212,7 @@ def _add_of_part(total, now, part):
 @triton.jit
 def predict_both(now, before):
     """What a step along the mean of two directions gains with eta at its end (Heun's method)."""
-    low, high, _ = fit(now, before)
+    low, high, _ = fit(now, (now[SQUARE], now[TURN], now[MOVE], now[MOVE_LAST]), before)
     zero = tl.full((), 0.0, tl.float64)
     constant, linear, square = _add_of_part(_add_of_part((zero, zero, zero), now, low), now, high)
     return now[SQUARE] * constant, now[SQUARE] * linear, now[SQUARE] * square

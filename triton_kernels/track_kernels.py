@@ -67,7 +67,6 @@ def _parameters(numbers, row, PER_ROW: tl.constexpr):
         row_number(numbers[9], row, 9, PER_ROW),
         row_number(numbers[10], row, 10, PER_ROW),
         row_number(numbers[11], row, 11, PER_ROW),
-        row_number(numbers[12], row, 12, PER_ROW),
     )
 
 
@@ -161,14 +160,14 @@ def track_rows(
     eps, report, memory_out, out, step_report, x, prediction, uncond, last_x, last_eps, noise, memory, sample_ids,
     seed: tl.int64, step: tl.int64, vectors,
     number_0, number_1, number_2, number_3, number_4, number_5, number_6, number_7, number_8, number_9,
-    number_10, number_11, number_12,
+    number_10, number_11,
     RULE: tl.constexpr, KIND: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, SCHEME: tl.constexpr,
     PER_ROW: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One row per program, TILE elements at a time; RULE "none" only decides."""
     numbers = (
         number_0, number_1, number_2, number_3, number_4, number_5, number_6, number_7, number_8, number_9,
-        number_10, number_11, number_12,
+        number_10, number_11,
     )  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     now = _parameters(numbers, row, PER_ROW)

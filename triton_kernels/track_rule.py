@@ -36,7 +36,7 @@ from fastdensity.triton_kernels.track_estimate import (
     LAST_DRIFT_STATE,
     LAST_ETA,
     LAST_LIMITED,
-    LAST_NOISY,
+    LAST_NOISE,
     LAST_RATE,
     LAST_REALISED,
     LAST_REALISED_NEXT,
@@ -47,7 +47,6 @@ from fastdensity.triton_kernels.track_estimate import (
     LAST_STEPS,
     NOISE_SCALE,
     RATE,
-    REPAIR,
     SIGMA,
     SIGMA_END,
     SIGMA_NEXT,
@@ -59,10 +58,12 @@ from fastdensity.triton_kernels.track_estimate import (
     fit,
     kept_response,
     measure,
+    noise_over_state,
     one_step_move,
     predict,
     predict_both,
     response,
+    without_noise,
 )
 from fastdensity.triton_kernels.track_model import at_least, clamp, gain_at, pick, shortening, solved
 
@@ -103,7 +104,7 @@ def _problems(now, rate, square, SCHEME: tl.constexpr):
     if SCHEME != "corrector":  # there the step is already over
         forward = now[ALPHA] * now[SIGMA_END] < now[SIGMA] * now[ALPHA_END]
         flags |= _flag(forward == 0, BAD_PARAMETER)
-    flags |= _not_finite_flag(now[ALPHA_NEXT]) | _not_finite_flag(now[SIGMA_NEXT]) | _not_finite_flag(now[REPAIR])
+    flags |= _not_finite_flag(now[ALPHA_NEXT]) | _not_finite_flag(now[SIGMA_NEXT])
     flags |= _not_finite_flag(now[CFG_SCALE]) | _not_finite_flag(now[NOISE_SCALE]) | _not_finite_flag(now[CARRY])
     return flags | _flag(square == 0.0, ZERO_SCORE) | _flag(_is_finite(square) == 0, NON_FINITE)
 
@@ -145,19 +146,17 @@ def _advance(now, before, flags, known, guided, columns, SCHEME: tl.constexpr):
     """Measures the step that ended, decides on the one ahead."""
     h, h_last, rate, square = now[H], now[H_LAST], now[RATE], now[SQUARE]
     long = known & (h_last > TINY_STEP)
-    smooth = long & (before[LAST_NOISY] == 0.0) & (now[TURN] > 0.0)
-    found = fit(now, before)
+    products, brought = without_noise(now, before)
+    smooth = long & (products[1] > 0.0)
+    found = fit(now, products, before)
     answers = response(now, before, smooth, found)
-    commanded, realised = measure(now, before, known, smooth, found)
+    commanded, realised = measure(now, products, before, known, smooth, found, brought)
     deficit = commanded - realised
     trend = pick(long, (rate - before[LAST_RATE]) / pick(long, h_last, 1.0), 0.0)
     commanded_next = h * rate + 0.5 * h * h * trend
-    ahead = smooth & (now[NOISE_SCALE] == 0.0)
-    expected = predict(columns, now, realised, answers, found, ahead, known, SCHEME)
-    repair = now[REPAIR] / square
-    bounded, limited = _limit(
-        solved(expected, commanded_next + deficit) + repair, shortening(h), answers, square / columns
-    )
+    expected = predict(columns, now, commanded, answers, found, smooth, known, SCHEME)
+    eta = solved(expected, commanded_next + deficit)
+    bounded, limited = _limit(eta, shortening(h), answers, square / columns)
     eta = pick(guided, bounded, 1.0)
     limited = limited & guided
     along_eps, along_state = one_step_move(now)
@@ -170,11 +169,11 @@ def _advance(now, before, flags, known, guided, columns, SCHEME: tl.constexpr):
         pick(guided, square, 0.0),
         pick(guided, rate, 0.0),
         pick(guided, eta, 0.0),
-        (guided & (now[NOISE_SCALE] > 0.0)).to(tl.float64),
+        pick(guided, noise_over_state(now), 0.0),
         pick(guided, eta * along_eps, 0.0),
         pick(guided, along_state, 0.0),
         pick(guided, commanded_next, 0.0),
-        pick(guided, gain_at(expected, eta - repair), 0.0),
+        pick(guided, gain_at(expected, eta), 0.0),
         answers,
         commanded,
         realised,
@@ -219,7 +218,7 @@ def _correct(now, before, flags, guided, columns):
         before[LAST_SQ_NORM],
         before[LAST_RATE],
         before[LAST_ETA],
-        before[LAST_NOISY],
+        before[LAST_NOISE],
         before[LAST_DRIFT_EPS],
         before[LAST_DRIFT_STATE],
         before[LAST_COMMANDED_NEXT],

@@ -22,7 +22,7 @@ from fastdensity.reference.rows import Parameter, compute_dtype, flatten
 from fastdensity.reference.track import MEMORY, PARAMETERS, Operands
 
 DEFAULTS: dict[str, Parameter] = {
-    "q": 0.5, "shift": 0.0, "repair": 0.0, "cfg_scale": 1.0, "noise_scale": 0.0, "sigma_data": 0.5, "carry": 0.0,
+    "q": 0.5, "shift": 0.0, "cfg_scale": 1.0, "noise_scale": 0.0, "sigma_data": 0.5, "carry": 0.0,
 }  # fmt: skip
 
 

@@ -47,7 +47,6 @@ PARAMETERS = (
     "sigma_end",
     "q",
     "shift",  # with q the commanded rate, sqrt(2 D) ndtri(q) + shift, nats per unit of l over -div u
-    "repair",  # added to (eta - 1) ||eps||^2 without being commanded: what the step's noise is going to take
     "cfg_scale",
     "noise_scale",
     "sigma_data",
@@ -63,7 +62,7 @@ MEMORY = (
     "sq_norm",  # ||eps||^2 there
     "rate",  # commanded there
     "eta",
-    "noisy",  # 1: the step added noise, beside drift_eps eps + drift_state y
+    "noise",  # variance that the step added to y, beside drift_eps eps + drift_state y
     "drift_eps",
     "drift_state",
     "commanded_next",  # of the step under way: commanded, and what was expected of it

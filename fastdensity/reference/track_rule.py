@@ -20,7 +20,7 @@ SAME_PLACE = 1e-4  # relative: did the last step arrive where this call is?
 SHORTEST, LONGEST = 0.5, 2.0  # what guidance may make of the distance to the local mode in one step
 NEAREST = 0.1  # of the typical distance: nearer to the mode no push goes
 
-COEFFICIENTS = ("alpha_next", "sigma_next", "repair", "cfg_scale", "noise_scale", "carry")  # finite, of any sign
+COEFFICIENTS = ("alpha_next", "sigma_next", "cfg_scale", "noise_scale", "carry")  # finite, of any sign
 
 Decision = tuple[Tensor, Tensor, Tensor]  # eta - 1, commanded - realised, flags
 
@@ -119,19 +119,18 @@ def _advance(
     zero = torch.zeros_like(now["rate"])
     h, h_last, rate, square = now["h"], now["h_last"], now["rate"], now["square"]
     long = known & (h_last > TINY_STEP)
-    smooth = long & (before["noisy"] == 0) & (now["turn"] > 0)
-    found = estimate.fit(now, before, smooth)
+    quiet, taken = estimate.without_noise(now, before)
+    smooth = long & (quiet["turn"] > 0)
+    found = estimate.fit(quiet, before, smooth)
     answers = estimate.response(now, before, smooth, found)
-    commanded, realised = estimate.measure(now, before, known, smooth, found)
+    commanded, realised = estimate.measure(quiet, before, known, smooth, found, taken)
     deficit = commanded - realised
     trend = torch.where(long, (rate - before["rate"]) / torch.where(long, h_last, 1.0), zero)
     commanded_next = h * rate + 0.5 * h * h * trend
-    ahead = smooth & (scheme == "direct") & (now["noise_scale"] == 0)
-    expected = estimate.predict(columns, now, realised, answers, found, ahead, known)
-    repair = now["repair"] / square
-    bounded, limited = _limit(
-        expected.solved(commanded_next + deficit) + repair, -torch.expm1(-h), answers, square / columns
-    )
+    ahead = smooth & (scheme == "direct")
+    expected = estimate.predict(columns, now, commanded, answers, found, ahead, known)
+    eta = expected.solved(commanded_next + deficit)
+    bounded, limited = _limit(eta, -torch.expm1(-h), answers, square / columns)
     limited, eta = limited & guided, torch.where(guided, bounded, 1.0)
     flags = flags | limited.to(torch.int64) * rules.FLAG_LIMITED
     along_eps, along_state = estimate.one_step_move(now)
@@ -140,11 +139,11 @@ def _advance(
         **{name: torch.where(guided, now[name], zero) for name in ("alpha", "sigma", "alpha_end", "sigma_end", "rate")},
         "sq_norm": torch.where(guided, square, zero),
         "eta": torch.where(guided, eta, zero),
-        "noisy": torch.where(guided & (now["noise_scale"] > 0), 1.0, 0.0).double(),
+        "noise": torch.where(guided, estimate.noise_over_state(now), zero),
         "drift_eps": torch.where(guided, eta * along_eps, zero),
         "drift_state": torch.where(guided, along_state, zero),
         "commanded_next": torch.where(guided, commanded_next, zero),
-        "realised_next": torch.where(guided, expected.at(eta - repair), zero),
+        "realised_next": torch.where(guided, expected.at(eta), zero),
         "response": answers,
         "commanded": commanded,
         "realised": realised,

@@ -35,7 +35,7 @@ SPECIAL = (
     *(("x", math.nan), ("prediction", math.inf), ("uncond", math.nan), ("last x", math.nan), ("score", 0.0)),
     *(("alpha", 0.0), ("sigma", 0.0), ("alpha_end", 0.0), ("sigma_end", 0.0), ("sigma_end", 9.0), ("alpha", -1.0)),
     *(("sigma", math.nan), ("alpha_end", math.inf), ("q", 0.0), ("q", 1.0), ("q", math.nan), ("shift", math.inf)),
-    *(("repair", math.nan), ("cfg_scale", math.inf), ("noise_scale", -0.1), ("carry", math.nan)),
+    *(("cfg_scale", math.inf), ("noise_scale", -0.1), ("carry", math.nan)),
     *(("alpha_next", math.inf), ("sigma_next", math.nan), ("steps", 0.0), ("memory", 1.001)),
 )
 
@@ -78,7 +78,7 @@ def test_the_rows_of_a_call_are_what_they_are_called(scheme):
     assert report[:, 3].tolist() == [0.0, 0.0, float(rules.FLAG_LIMITED), 0.0]
     assert report[:, 0].ne(0).tolist() == [True, True, True, not corrects]  # no step of a fresh row to be corrected
     assert remembered["steps"].tolist() == [5.0, 5.0, 5.0, 0.0] if corrects else [6.0, 6.0, 6.0, 1.0]
-    assert remembered["noisy"][SDE_ROW] == 1
+    assert remembered["noise"][SDE_ROW] > 0
     assert remembered["limited"].tolist() == [0.0, 0.0, 1.0 + corrects, 0.0]
     assert 0 < remembered["response"][0] < 1
     assert remembered["realised"][FRESH_ROW] == 0
@@ -230,7 +230,7 @@ def test_special_rows_are_flagged_and_touch_no_other(sizes, scheme):
     by_name = {how: report[row, 3] for row, (how, _) in enumerate(SPECIAL, start=1)}
     assert by_name["score"] == rules.FLAG_ZERO_SCORE
     assert by_name["memory"] == rules.FLAG_STALE_STATE
-    assert by_name["repair"] == rules.FLAG_BAD_PARAMETER
+    assert by_name["carry"] == rules.FLAG_BAD_PARAMETER
     assert by_name["steps"] == 0
     finite = eps.isfinite().all(dim=1)
     assert torch.equal(results[0].isfinite().all(dim=1), finite)
