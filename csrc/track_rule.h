@@ -95,8 +95,14 @@ FASTDENSITY_HOST_DEVICE Row make_row(TrackScheme scheme, std::int64_t columns, c
 
 // -- fastdensity/reference/track_estimate.py --------------------------------------------------------------------------
 
-FASTDENSITY_HOST_DEVICE double kept_response(const TrackMemory& before) {
-  return clamp(before.steps > 0 ? before.response : 1.0, kLeastResponse, 1.0);
+FASTDENSITY_HOST_DEVICE double kept_variance(const Row& row, const TrackMemory& before) {
+  const double answer = clamp(before.steps > 0 ? before.response : 1.0, kLeastResponse, 1.0);
+  return row.kappa_last * row.kappa_last * (1.0 / answer - 1.0);
+}
+
+FASTDENSITY_HOST_DEVICE double kept_response(const Row& row, const TrackMemory& before) {
+  const double squared = row.kappa * row.kappa;
+  return clamp(squared / (kept_variance(row, before) + squared), kLeastResponse, 1.0);
 }
 
 // `row` but for the noise at the end of the last step; returns what the noise brought.
@@ -105,7 +111,7 @@ FASTDENSITY_HOST_DEVICE double without_noise(const TrackMemory& before, Row& row
   const double drift = before.drift_eps * row.turn + before.drift_state * (row.state - row.move);
   const double drift_last =
       before.drift_eps * row.square_last + before.drift_state * (row.state_last - row.move_last);
-  const double answer = kept_response(before) / row.kappa, across = row.move_last - drift_last;
+  const double answer = kept_response(row, before) / row.kappa, across = row.move_last - drift_last;
   const double along = across * row.turn / row.square_last, after = row.move - drift;
   row.square = fmax(row.square - answer * (after + along), kLeastQuiet * row.square);
   row.turn -= answer * across, row.move = drift, row.move_last = drift_last;
@@ -113,9 +119,9 @@ FASTDENSITY_HOST_DEVICE double without_noise(const TrackMemory& before, Row& row
 }
 
 FASTDENSITY_HOST_DEVICE Fit fit(const Row& row, const TrackMemory& before) {
-  const double usual = row.kappa * row.kappa * (1.0 / kept_response(before) - 1.0), square = row.square;
+  const double square = row.square;
   return two_variances(row.square_last / square, row.turn / square, row.move / square, row.move_last / square,
-                       row.kappa, row.kappa_last, usual);
+                       row.kappa, row.kappa_last, kept_variance(row, before));
 }
 
 FASTDENSITY_HOST_DEVICE double response(const Row& row, const Fit& found) {
@@ -220,7 +226,7 @@ FASTDENSITY_HOST_DEVICE TrackReport advance(TrackScheme scheme, std::int64_t col
   const bool smooth = steady && quiet.turn > 0;
   Fit found;
   if (smooth) found = fit(quiet, before);
-  const double answers = smooth ? response(quiet, found) : kept_response(before);
+  const double answers = smooth ? response(quiet, found) : kept_response(row, before);
   double commanded = before.commanded_next, realised = before.realised_next;
   if (row.known) commanded = 0.5 * row.h_last * (before.rate + row.rate);
   if (row.known) realised = (smooth ? gain_of_fit(quiet, found) : gain_by_trapezoid(quiet)) + brought;
@@ -257,7 +263,7 @@ FASTDENSITY_HOST_DEVICE TrackReport correct(std::int64_t columns, const TrackMem
   const double eta = expected.solved(before.commanded_next + deficit), share = row.turn / row.square_last;
   const double mean = 0.5 * (row.eta_last + share * eta);
   const double kept =
-      limit(mean, -expm1(-h), kept_response(before), row.square_last / static_cast<double>(columns));
+      limit(mean, -expm1(-h), kept_response(row, before), row.square_last / static_cast<double>(columns));
   const bool limited = kept != mean;
   const double bounded = limited ? (2.0 * kept - row.eta_last) / share : eta;
   after.realised_next = expected.at(bounded);

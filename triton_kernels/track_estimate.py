@@ -62,7 +62,7 @@ def without_noise(now, before):
     drift_last = before[LAST_DRIFT_EPS] * now[SQUARE_LAST]
     drift_last += before[LAST_DRIFT_STATE] * (now[STATE_LAST] - now[MOVE_LAST])
     noisy = before[LAST_NOISE] > 0.0
-    answer = kept_response(before) / kappa
+    answer = kept_response(now, before) / kappa
     across = now[MOVE_LAST] - drift_last
     along, after = across * now[TURN] / now[SQUARE_LAST], now[MOVE] - drift
     quiet = square - answer * (after + along)
@@ -81,17 +81,24 @@ def without_noise(now, before):
 def fit(now, products, before):
     """Two variances that explain the step that ended, and its line; of no use where it was not smooth."""
     square, turn, move, move_last = products
-    kappa = now[KAPPA]
-    usual = kappa * kappa * (1.0 / kept_response(before) - 1.0)
     return two_variances(
-        now[SQUARE_LAST] / square, turn / square, move / square, move_last / square, kappa, now[KAPPA_LAST], usual
-    )
+        now[SQUARE_LAST] / square, turn / square, move / square, move_last / square, now[KAPPA], now[KAPPA_LAST],
+        kept_variance(now, before),
+    )  # fmt: skip
 
 
 @triton.jit
-def kept_response(before):
-    """How much eps was found to answer to a move along itself; pure noise answers wholly, with 1."""
-    return clamp(pick(before[LAST_STEPS] > 0.0, before[LAST_RESPONSE], 1.0), LEAST_RESPONSE, 1.0)
+def kept_variance(now, before):
+    """The one variance that would answer to a move along eps as was found at the last call; 0 if fresh."""
+    answer = clamp(pick(before[LAST_STEPS] > 0.0, before[LAST_RESPONSE], 1.0), LEAST_RESPONSE, 1.0)
+    return now[KAPPA_LAST] * now[KAPPA_LAST] * (1.0 / answer - 1.0)
+
+
+@triton.jit
+def kept_response(now, before):
+    """How much eps answers to a move along itself if nothing but kappa has changed since."""
+    squared = now[KAPPA] * now[KAPPA]
+    return clamp(squared / (kept_variance(now, before) + squared), LEAST_RESPONSE, 1.0)
 
 
 @triton.jit
@@ -100,7 +107,7 @@ def response(now, before, smooth, found):
     low, high, _ = found
     squared = now[KAPPA] * now[KAPPA]
     total = low[0] * squared / (low[3] + squared) + high[0] * squared / (high[3] + squared)
-    return clamp(tl.where(smooth, total, kept_response(before)), LEAST_RESPONSE, 1.0)
+    return clamp(tl.where(smooth, total, kept_response(now, before)), LEAST_RESPONSE, 1.0)
 
 
 @triton.jit

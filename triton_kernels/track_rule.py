@@ -206,7 +206,7 @@ def _correct(now, before, flags, guided, columns):
     # the bounds are those of the mean direction, in units of eps at the step's beginning
     share = pick(guided, turn / now[SQUARE_LAST], 1.0)
     mean = 0.5 * (now[ETA_LAST] + share * eta)
-    kept, limited = _limit(mean, shortening(h), kept_response(before), now[SQUARE_LAST] / columns)
+    kept, limited = _limit(mean, shortening(h), kept_response(now, before), now[SQUARE_LAST] / columns)
     bounded = tl.where(limited, (2.0 * kept - now[ETA_LAST]) / share, eta)
     limited = limited & guided
     after = (

@@ -37,7 +37,7 @@ def without_noise(now: Numbers, before: Numbers) -> tuple[Numbers, Tensor]:
     drift_last = before["drift_eps"] * now["square_last"]
     drift_last = drift_last + before["drift_state"] * (now["state_last"] - now["move_last"])
     noisy = before["noise"] > 0
-    answer = kept_response(before) / kappa
+    answer = kept_response(now, before) / kappa
     across = now["move_last"] - drift_last  # n.last_eps
     along, after = across * now["turn"] / now["square_last"], now["move"] - drift  # n.eps before and after
     quiet = torch.maximum(square - answer * (after + along), LEAST_QUIET * square)
@@ -63,13 +63,19 @@ def fit(now: Numbers, before: Numbers, smooth: Tensor) -> Fit:
         torch.where(smooth, now[name] / now["square"], other)
         for name, other in (("square_last", 1.1), ("turn", 1.0), ("move", -0.1), ("move_last", -0.1))
     )
-    usual = kappa * kappa * (1.0 / kept_response(before) - 1.0)
-    return two_variances(square_last, turn, move, move_last, kappa, kappa_last, usual)
+    return two_variances(square_last, turn, move, move_last, kappa, kappa_last, kept_variance(now, before))
 
 
-def kept_response(before: Numbers) -> Tensor:
-    """How much eps was found to answer to a move along itself; pure noise answers wholly, with 1."""
-    return torch.where(before["steps"] > 0, before["response"], 1.0).clamp(LEAST_RESPONSE, 1.0)
+def kept_variance(now: Numbers, before: Numbers) -> Tensor:
+    """The one variance that would answer to a move along eps as was found at the last call; 0, pure noise, if fresh."""
+    answer = torch.where(before["steps"] > 0, before["response"], 1.0).clamp(LEAST_RESPONSE, 1.0)
+    return now["kappa_last"] * now["kappa_last"] * (1.0 / answer - 1.0)
+
+
+def kept_response(now: Numbers, before: Numbers) -> Tensor:
+    """How much eps answers to a move along itself if nothing but kappa has changed since; pure noise wholly, with 1."""
+    squared = now["kappa"] * now["kappa"]
+    return (squared / (kept_variance(now, before) + squared)).clamp(LEAST_RESPONSE, 1.0)
 
 
 def response(now: Numbers, before: Numbers, smooth: Tensor, found: Fit) -> Tensor:
@@ -77,7 +83,7 @@ def response(now: Numbers, before: Numbers, smooth: Tensor, found: Fit) -> Tenso
     squared, total = now["kappa"] * now["kappa"], torch.zeros_like(now["kappa"])
     for part in found.parts:
         total = total + part.share * squared / (part.variance + squared)
-    return torch.where(smooth, total, kept_response(before)).clamp(LEAST_RESPONSE, 1.0)
+    return torch.where(smooth, total, kept_response(now, before)).clamp(LEAST_RESPONSE, 1.0)
 
 
 def measure(

@@ -182,7 +182,7 @@ def _correct(columns: int, now: Numbers, before: Numbers, flags: Tensor, guided:
     mean, limited = _limit(
         0.5 * (now["eta_last"] + share * eta),
         -torch.expm1(-h),
-        estimate.kept_response(before),
+        estimate.kept_response(now, before),
         now["square_last"] / columns,
     )
     bounded = torch.where(limited, (2.0 * mean - now["eta_last"]) / share, eta)
