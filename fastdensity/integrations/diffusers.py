@@ -134,8 +134,10 @@ class GuidedStep:
         self._timesteps, self._last = self.scheduler.timesteps, place.end
 
     def _acts(self, place: Place) -> bool:
-        """In a step that does not touch an end of the path, within the interval where it begins."""
-        return _is_inside(place.here) and _is_inside(place.end) and self._wanted(place.here)
+        """In a step that leads on and does not touch an end of the path, within the interval where it begins."""
+        here, end = place.here, place.end
+        leads_on = end[1] * here[0] < here[1] * end[0] or place.scheme == "corrector"
+        return leads_on and _is_inside(here) and _is_inside(end) and self._wanted(here)
 
     def _wanted(self, level: Level) -> bool:
         lam = 2.0 * math.log(level[0] / level[1])

@@ -23,8 +23,8 @@ class Place:
 
     here, end: (alpha, sigma) of the state given, and of the level it is taken to. kind: prediction type. step_to: the
     deterministic part of the step, if it is not `end`. noise: standard deviation of what is added. scheme, carry: see
-    `fastdensity.reference.track`. after: the level after `end`, None if this is the last step. rescale: the state times
-    this is what `here` and `kind` are about. negated: the network's sign.
+    `fastdensity.reference.track`; "open" where no loop is closed. rescale: the state times this is what `here` and
+    `kind` are about. negated: the network's sign.
     """
 
     here: Level
@@ -34,7 +34,6 @@ class Place:
     noise: float = 0.0
     scheme: str = "direct"
     carry: float = 0.0
-    after: Level | None = None
     rescale: float = 1.0
     negated: bool = False
     sigma_data: float = 0.5
@@ -74,7 +73,6 @@ def _euler(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tab
     """EulerDiscrete and EulerAncestral: x = x0 + sigma eps; v lives on x / sqrt(1 + sigma^2)."""
     index, sigmas = _step_index(scheduler, timestep), tables.numbers(scheduler.sigmas)
     sigma, target = sigmas[index], sigmas[index + 1]
-    after = _ve(sigmas[index + 2]) if index + 2 < len(sigmas) else None
     noise, reached = 0.0, target
     if "s_churn" in arguments:
         noise = _churn(arguments, sigma, len(sigmas))
@@ -83,9 +81,9 @@ def _euler(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tab
         reached = math.sqrt(max(target**2 - noise**2, 0.0))
     kind = _prediction(scheduler)
     if kind != "v_prediction":
-        return Place(_ve(sigma), _ve(target), kind, _ve(reached), noise, after=after)
+        return Place(_ve(sigma), _ve(target), kind, _ve(reached), noise)
     norm = math.hypot(1.0, sigma)
-    return Place(_vp(sigma), _ve(target), kind, _ve(reached), noise, after=after, rescale=1.0 / norm)
+    return Place(_vp(sigma), _ve(target), kind, _ve(reached), noise, rescale=1.0 / norm)
 
 
 def _churn(arguments: dict[str, Any], sigma: float, count: int) -> float:
@@ -98,9 +96,8 @@ def _churn(arguments: dict[str, Any], sigma: float, count: int) -> float:
 
 def _edm_euler(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tables) -> Place:
     index, sigmas = _step_index(scheduler, timestep), tables.numbers(scheduler.sigmas)
-    after = _ve(sigmas[index + 2]) if index + 2 < len(sigmas) else None
     noise = _churn(arguments, sigmas[index], len(sigmas))
-    return _edm(scheduler, sigmas[index], sigmas[index + 1], noise=noise, after=after)
+    return _edm(scheduler, sigmas[index], sigmas[index + 1], noise=noise)
 
 
 def _edm(scheduler: Any, sigma: float, target: float, **others: Any) -> Place:
@@ -118,10 +115,8 @@ def _heun(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tabl
         sigma = sigmas[index]
         return Place(level(sigma), _ve(sigma), kind, scheme="corrector", rescale=level(sigma)[0])
     sigma, target = sigmas[index], sigmas[index + 1]
-    # a step to sigma = 0 has no second call; after it, and after a whole step, comes the level behind
-    after = _ve(sigmas[index + 3]) if index + 3 < len(sigmas) else None
     scheme = "predictor" if target > 0 else "direct"
-    return Place(level(sigma), _ve(target), kind, scheme=scheme, after=after, rescale=level(sigma)[0])
+    return Place(level(sigma), _ve(target), kind, scheme=scheme, rescale=level(sigma)[0])
 
 
 def _flow_euler(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tables) -> Place:
@@ -129,31 +124,28 @@ def _flow_euler(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables
         raise ValueError("per_token_timesteps has no density guidance: a sample is at one level of noise or at many")
     index, sigmas = _step_index(scheduler, timestep), tables.numbers(scheduler.sigmas)
     sigma, target = sigmas[index], sigmas[index + 1]
-    after = _flow(sigmas[index + 2]) if index + 2 < len(sigmas) else None
     if scheduler.config.stochastic_sampling:  # x0 with new noise
-        return Place(_flow(sigma), _flow(target), "velocity", (1.0 - target, 0.0), target, after=after)
-    return Place(_flow(sigma), _flow(target), "velocity", after=after)
+        return Place(_flow(sigma), _flow(target), "velocity", (1.0 - target, 0.0), target)
+    return Place(_flow(sigma), _flow(target), "velocity")
 
 
 def _flow_heun(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tables) -> Place:
     index, sigmas = _step_index(scheduler, timestep), tables.numbers(scheduler.sigmas)
     if not scheduler.state_in_first_order:
         return Place(_flow(sigmas[index]), _flow(sigmas[index]), "velocity", scheme="corrector")
-    after = _flow(sigmas[index + 3]) if index + 3 < len(sigmas) else None
     scheme = "predictor" if sigmas[index + 1] > 0 else "direct"
-    return Place(_flow(sigmas[index]), _flow(sigmas[index + 1]), "velocity", scheme=scheme, after=after)
+    return Place(_flow(sigmas[index]), _flow(sigmas[index + 1]), "velocity", scheme=scheme)
 
 
 def _ddim(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tables) -> Place:
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    here, end, after = (_ddpm_level(scheduler, int(timestep) - n * stride, tables) for n in range(3))
+    here, end = (_ddpm_level(scheduler, int(timestep) - n * stride, tables) for n in range(2))
     noise = 0.0
     if arguments["eta"]:
         share = (end[1] / here[1]) ** 2 * (1.0 - (here[0] / end[0]) ** 2)
         noise = float(arguments["eta"]) * math.sqrt(max(share, 0.0))
     step_to = (end[0], math.sqrt(max(end[1] ** 2 - noise**2, 0.0)))
-    last = int(timestep) - stride < 0
-    return Place(here, end, _prediction(scheduler), step_to, noise, after=None if last else after)
+    return Place(here, end, _prediction(scheduler), step_to, noise)
 
 
 def _ddpm_level(scheduler: Any, timestep: int, tables: Tables) -> Level:
@@ -164,21 +156,10 @@ def _ddpm_level(scheduler: Any, timestep: int, tables: Tables) -> Level:
 
 
 def _pndm(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tables) -> Place:
-    """Pseudo linear multistep: the second call repeats the first step as Heun's method would.
-
-    Runge-Kutta's four calls of a start-up step all count from its beginning, as calls of one evaluation each.
-    """
+    """Pseudo linear multistep: it extrapolates from predictions of up to four calls, over which no loop is closed."""
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    here = _ddpm_level(scheduler, int(timestep), tables)
-    end, after = (_ddpm_level(scheduler, int(timestep) - n * stride, tables) for n in (1, 2))
-    kind, last = _prediction(scheduler), int(timestep) - stride < 0
-    runge_kutta = scheduler.counter < len(scheduler.prk_timesteps) and not scheduler.config.skip_prk_steps
-    if runge_kutta:
-        return Place(here, end, kind, scheme="open")
-    if scheduler.counter == 1 and scheduler.config.skip_prk_steps:
-        return Place(here, here, kind, scheme="corrector")
-    scheme = "predictor" if scheduler.counter == 0 and scheduler.config.skip_prk_steps else "direct"
-    return Place(here, end, kind, scheme=scheme, after=None if last else after)
+    here, end = (_ddpm_level(scheduler, int(timestep) - n * stride, tables) for n in range(2))
+    return Place(here, end, _prediction(scheduler), scheme="open")
 
 
 def _dpm_solver(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tables) -> Place:
@@ -186,49 +167,52 @@ def _dpm_solver(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables
     index, sigmas = _step_index(scheduler, timestep), tables.numbers(scheduler.sigmas)
     level = _flow if getattr(scheduler.config, "use_flow_sigmas", False) else _vp
     here, end = level(sigmas[index]), level(sigmas[index + 1])
-    after = level(sigmas[index + 2]) if index + 2 < len(sigmas) else None
     step_to, noise = _sde_step(scheduler, here, end)
     carry = _carry(scheduler, index, sigmas, level)
-    return Place(here, end, _prediction(scheduler), step_to, noise, carry=carry, after=after)
+    return Place(here, end, _prediction(scheduler), step_to, noise, _scheme(scheduler), carry)
 
 
 def _edm_dpm_solver(scheduler: Any, timestep: Any, arguments: dict[str, Any], tables: Tables) -> Place:
     index, sigmas = _step_index(scheduler, timestep), tables.numbers(scheduler.sigmas)
-    after = _ve(sigmas[index + 2]) if index + 2 < len(sigmas) else None
     step_to, noise = _sde_step(scheduler, _ve(sigmas[index]), _ve(sigmas[index + 1]))
     carry = _carry(scheduler, index, sigmas, _ve)
-    return _edm(scheduler, sigmas[index], sigmas[index + 1], step_to=step_to, noise=noise, carry=carry, after=after)
+    return _edm(
+        scheduler,
+        sigmas[index],
+        sigmas[index + 1],
+        step_to=step_to,
+        noise=noise,
+        scheme=_scheme(scheduler),
+        carry=carry,
+    )
 
 
 def _sde_step(scheduler: Any, here: Level, end: Level) -> tuple[Level, float]:
     """(deterministic part, noise) of one step of first order."""
     algorithm = getattr(scheduler.config, "algorithm_type", "")
-    if not algorithm.startswith("sde") or not (end[1] > 0 and here[0] > 0):
+    if algorithm != "sde-dpmsolver++" or not (end[1] > 0 and here[0] > 0):
         return end, 0.0
     shrink = (end[1] * here[0]) / (end[0] * here[1])  # e^-h
-    if algorithm == "sde-dpmsolver++":
-        return (end[0], end[1] * shrink), end[1] * math.sqrt(max(1.0 - shrink**2, 0.0))
-    # the flow's eps counted twice, and noise for what that takes off
-    noise = end[1] * math.sqrt(max(shrink**-2 - 1.0, 0.0))
-    return (end[0], end[0] / here[0] * here[1] - 2.0 * end[1] * (1.0 / shrink - 1.0)), noise
+    return (end[0], end[1] * shrink), end[1] * math.sqrt(max(1.0 - shrink**2, 0.0))
+
+
+def _scheme(scheduler: Any) -> str:
+    """The loop is closed where a step is of first order, or extrapolates the data without noise."""
+    algorithm, order = getattr(scheduler.config, "algorithm_type", "dpmsolver++"), scheduler.config.solver_order
+    return "direct" if order == 1 or algorithm == "dpmsolver++" else "open"
 
 
 def _carry(scheduler: Any, index: int, sigmas: list[float], level: Callable[[float], Level]) -> float:
     """h / (2 h_last) where the data prediction is extrapolated linearly, else 0."""
     if "Multistep" not in type(scheduler).__name__ or scheduler.lower_order_nums < 1 or index < 1:
         return 0.0
-    if scheduler.config.solver_order == 1 or not _extrapolates_data(scheduler):
+    if scheduler.config.solver_order == 1 or not getattr(scheduler.config, "predict_x0", True):
         return 0.0
     last, here, end = (level(sigma) for sigma in sigmas[index - 1 : index + 2])
     if not (last[0] > 0 and here[0] > 0 and end[1] > 0):
         return 0.0
     lengths = [math.log((one[1] * two[0]) / (one[0] * two[1])) for one, two in ((last, here), (here, end))]
     return lengths[1] / (2.0 * lengths[0]) if lengths[0] > 0 else 0.0
-
-
-def _extrapolates_data(scheduler: Any) -> bool:
-    algorithm = getattr(scheduler.config, "algorithm_type", None)
-    return bool(getattr(scheduler.config, "predict_x0", False)) if algorithm is None else algorithm.endswith("++")
 
 
 PlaceOf = Callable[[Any, Any, dict[str, Any], Tables], Place]
