@@ -84,7 +84,8 @@ def _graph_of(fn: Callable[..., Tensor], primals: Any) -> Dual:
     dual, _ = find(fn, _check_primals(primals))
     if not isinstance(dual, Dual):
         raise NotImplementedError(
-            "fn calls fd.jvp itself, and no graph holds that; trace the inner function, or call fd.jvp(fn, ...)"
+            "fn calls fd.jvp itself, or a transform of torch.func, and no graph holds that; trace the inner function, "
+            "or call fd.jvp(fn, ...)"
         )
     return dual
 

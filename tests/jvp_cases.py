@@ -27,6 +27,7 @@ SHAPES = {
     "reshape": lambda x: x.mT.reshape(8, -1),
     "flatten": lambda x: x.flatten(1, 2).flatten(),
     "permute": lambda x: x.permute(3, -4, 1, 2).clone(),
+    "as_strided": lambda x: x.contiguous().as_strided((2, 4, 6, 3), (144, 36, 6, 2), 1),
     "transpose": lambda x: x.transpose(-1, 1).movedim(0, 2).swapaxes(0, 1).swapdims(1, 2),
     "turn": lambda x: x[0, 0].t() + x[1, 1].T + x[0, 1].mT,
     "unsqueeze": lambda x: x.unsqueeze(-1).unsqueeze(0).squeeze(-1).squeeze((0,)),

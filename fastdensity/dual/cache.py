@@ -111,7 +111,7 @@ def _warn_of_detach(traced: Traced) -> None:
         if node.args[0] in carries and not of_shift_only:
             warnings.warn(
                 f"fn detaches what depends on its input, at {line_of(node)}: derivatives end there, as for "
-                "torch.func.jvp. For the gradient of a potential leave the detach out: x.requires_grad_() will do",
+                "torch.func.jvp. The gradient of a potential, torch.func.grad(potential)(x), is differentiated whole",
                 stacklevel=6,
             )
             return
@@ -179,7 +179,7 @@ def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> tuple[Dual | Neste
     x = primals[0]
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
-    mode = (captured.key, structure, torch.get_autocast_dtype(device) if autocast else None)
+    mode = (captured.key, structure, torch.get_autocast_dtype(device) if autocast else None, *_modes())
     everything = leaves + captured.tensors
     key = (mode, *map(_kind, everything))
     dual = store.exact.get(key)
@@ -238,6 +238,11 @@ def _store(captured: Captured) -> _Store:
     return store
 
 
+def _modes() -> tuple[Hashable, ...]:
+    """What code may ask torch for, and branch on."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+
+
 def _leaves(primals: tuple[Any, ...]) -> tuple[list[Any], Hashable]:
     if all(isinstance(leaf, Tensor) for leaf in primals):
         return list(primals), len(primals)
@@ -252,4 +257,6 @@ def _kind(leaf: Any, batch: int = -1) -> Hashable:
     shape: Any = leaf.shape
     if batch > 1 and len(shape) and shape[0] == batch:
         shape = ("batch", *shape[1:])
-    return shape, leaf.dtype, leaf.device
+    if leaf.layout is not torch.strided:
+        return shape, leaf.dtype, leaf.device, leaf.layout
+    return shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride()

@@ -62,6 +62,14 @@ def product(multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: T
     return stack(value, tangents)
 
 
+def as_strided(stacked: Tensor, size: list[int], stride: list[int], offset: int | None = None) -> Tensor:
+    """as_strided of each row of a contiguous stack."""
+    last = (offset or 0) + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if last >= stacked[0].numel() and 0 not in size:
+        raise ValueError(f"as_strided reads element {last} of a tensor of {stacked[0].numel()}, past its end")
+    return torch.vmap(lambda row: row.as_strided(size, stride, offset))(stacked)
+
+
 def einsum(equation: str, operands: list[Tensor], duals: list[bool]) -> Tensor:
     """torch.einsum on duals and plain tensors."""
     inputs, _, output = equation.replace(" ", "").partition("->")
