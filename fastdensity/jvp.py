@@ -60,8 +60,10 @@ def trace_jvp(fn: Callable[..., Tensor], primals: Any) -> fx.GraphModule:
     """The dual graph that `jvp` runs: a GraphModule `(primals, vectors) -> (out, tangents)`.
 
     It holds fn's modules themselves, not copies, so later parameter updates are seen; tensors that fn closes over are
-    bound as they are now. It can be compiled with fullgraph=True and captured in a CUDA graph. Unlike `jvp` it
-    does not notice changed attributes: trace again after those. Arguments and errors: see `jvp`.
+    bound as they are now. It can be compiled with fullgraph=True and captured in a CUDA graph; compiled, it refuses a
+    dual level of torch.autograd.forward_ad around it, whose tangents compilers drop. It is traced in the grad mode of
+    this call, and unlike `jvp` does not notice another one, or changed attributes: trace again after those. Arguments
+    and errors: see `jvp`.
     """
     return _graph_of(fn, primals).bound_graph(fn)
 

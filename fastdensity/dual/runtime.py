@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 
 
 def size(tensor: Tensor, dim: int) -> int:
@@ -26,6 +28,11 @@ def overwrite_dual(stacked: Tensor, target: Tensor) -> Tensor:
 
 def stack(value: Tensor, tangents: Tensor) -> Tensor:
     """`(*shape)` and `(K, *shape)` to one dual `(1 + K, *shape)`."""
+    if forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a compiled graph drops the tangents of torch.autograd.forward_ad without a word; compile the whole of "
+            "torch.func.jvp(...), or call the graph itself within the dual level"
+        )
     return torch.cat([value.unsqueeze(0), tangents])
 
 
