@@ -19,12 +19,13 @@ from torch.utils import _pytree as pytree
 
 from fastdensity.boundary import describe
 from fastdensity.dual.capture import Captured, capture
-from fastdensity.dual.functional import line_of, make_functional
+from fastdensity.dual.cautions import warn_of_dropout, warn_of_lost_derivatives
+from fastdensity.dual.functional import make_functional
 from fastdensity.dual.nested import NestedDual, NestedJvpError, end_outer_trace, inside_trace
 from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.replay import Replay, sizes_follow
-from fastdensity.dual.rewrite import dependents, rewrite
+from fastdensity.dual.rewrite import rewrite
 from fastdensity.dual.tracing import Traced, trace
 from fastdensity.dual.watch import Watch
 
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 STORE = "_fastdensity_duals"  # the attribute in which a module keeps its own graphs
 _MOST_GRAPHS = 64
 _MANY_TRACES = 16
-_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_DETACH = torch.ops.aten.detach.default
-_LARGEST = (torch.ops.aten.amax.default, torch.ops.aten.max.default, torch.ops.aten.max.dim)
 _lock = threading.RLock()
 
 
@@ -49,8 +46,8 @@ class Dual:
         make_functional(self.traced.graph, self.traced.module, self.traced.sources)
         make_casts_explicit(self.traced.graph, autocast)
         recognise(self.traced.graph, self.traced.sources)
-        _warn_of_dropout(self.traced.graph)
-        _warn_of_detach(self.traced)
+        warn_of_dropout(self.traced.graph)
+        warn_of_lost_derivatives(self.traced)
         self.graph, self.records = rewrite(self.traced)
         self.replay = Replay(self.graph, sizes_follow(self.traced))
         self.watch = Watch(captured.modules, captured.objects)
@@ -89,32 +86,6 @@ class Dual:
     def bound_graph(self, fn: Callable[..., Any]) -> fx.GraphModule:
         """The graph with the closed-over tensors as they are now."""
         return rewrite(self.traced, capture(fn).tensors)[0]
-
-
-def _warn_of_dropout(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        drops = node.target in _DROPOUTS and node.args[2] is True and node.args[1] != 0
-        if drops or (node.target is _ATTENTION and len(node.args) > 4 and node.args[4] != 0):
-            warnings.warn(
-                f"dropout is active in fn, at {line_of(node)}: the value and its tangents share one mask, and "
-                "results change from call to call; call model.eval() for the network itself",
-                stacklevel=6,
-            )
-            return
-
-
-def _warn_of_detach(traced: Traced) -> None:
-    """The gradient of a potential taken at x.detach() has derivative 0, as for torch, and few mean that."""
-    carries = dependents(traced)
-    for node in traced.graph.find_nodes(op="call_function", target=_DETACH):
-        of_shift_only = all(user.target in _LARGEST for user in node.users)  # as in a stable softmax
-        if node.args[0] in carries and not of_shift_only:
-            warnings.warn(
-                f"fn detaches what depends on its input, at {line_of(node)}: derivatives end there, as for "
-                "torch.func.jvp. The gradient of a potential, torch.func.grad(potential)(x), is differentiated whole",
-                stacklevel=6,
-            )
-            return
 
 
 class _Store:

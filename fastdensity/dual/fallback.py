@@ -20,7 +20,9 @@ aten = torch.ops.aten
 _NO_TANGENT = {
     "detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_zeros", "new_ones", "new_empty", "new_full", "sign", "sgn", "floor", "ceil", "round", "trunc",
-    "floor_divide", "bernoulli", "heaviside", "sym_size", "sym_stride", "sym_numel", "size", "numel",
+    "floor_divide", "heaviside", "sym_size", "sym_stride", "sym_numel", "size", "numel",
+    "bernoulli", "binomial", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal",
+    "normal_functional", "poisson", "random", "uniform",
 }  # fmt: skip
 
 

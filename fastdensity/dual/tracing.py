@@ -55,6 +55,11 @@ class _Callable(nn.Module):
                 f"fn must return one tensor, got {type(out).__name__}; wrap it, for example "
                 "`lambda x: model(x, t).sample` or `model(x, t, return_dict=False)[0]`"
             )
+        if not out.is_floating_point() and not out.is_complex():
+            raise NotTraceableError(
+                f"fn must return a floating tensor, got one of {out.dtype}, which has no tangents (of an argmax or a "
+                "comparison, say)"
+            )
         return out
 
 
