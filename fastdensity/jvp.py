@@ -102,14 +102,16 @@ def _check_primals(primals: Any) -> tuple[Any, ...]:
         raise TypeError(f"the first of primals must be a tensor, got {describe(x)}")
     if x.dtype not in FLOATING:
         raise TypeError(f"the first of primals must be float32, float64, bfloat16 or float16, got {describe(x)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"the first of primals must be a dense (strided) tensor, got layout {x.layout}")
+    if x.layout is not torch.strided or x.is_nested or x.is_meta:
+        raise TypeError(f"the first of primals must be a dense (strided) tensor with numbers, got {_kind(x)}")
     return tuple(primals)
 
 
 def _check_vectors(vectors: Any, x: Tensor) -> None:
     if not isinstance(vectors, Tensor):
         raise TypeError(f"vectors must be a tensor of shape (K, {_sizes(x)}), got {describe(vectors)}")
+    if vectors.layout is not torch.strided or vectors.is_nested:
+        raise TypeError(f"vectors must be a dense (strided) tensor of shape (K, {_sizes(x)}), got {_kind(vectors)}")
     if vectors.dim() != x.dim() + 1 or vectors.shape[1:] != x.shape:
         raise ValueError(f"vectors must have shape (K, {_sizes(x)}), K directions of x, got {describe(vectors)}")
     if vectors.shape[0] == 0:
@@ -122,3 +124,8 @@ def _check_vectors(vectors: Any, x: Tensor) -> None:
 
 def _sizes(x: Tensor) -> str:
     return ", ".join(map(str, x.shape))
+
+
+def _kind(tensor: Tensor) -> str:
+    """What this is, if it is no dense tensor with numbers."""
+    return "a nested tensor" if tensor.is_nested else f"layout {tensor.layout} on {tensor.device}"

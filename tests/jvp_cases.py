@@ -72,6 +72,7 @@ SHAPES = {
     "pool_adaptive_1d": lambda x: F.adaptive_avg_pool1d(x[:, 0], 3),
     "unfold": lambda x: x.unfold(-1, 3, 2).sum(-1) .sum() + F.unfold(x, 3),
     "in_place": lambda x: _in_place(x),
+    "fill_diagonal": lambda x: (x[0, 0] @ x[1, 1]).fill_diagonal_(2.0) * x[0],
     "scatter": lambda x: torch.select_scatter(x, x[:, 0].sin(), 1, 2)
     * torch.slice_scatter(x, SQUARE[None, None].expand(2, 2, 6, 6), 1, 1, 3),
 }  # fmt: skip

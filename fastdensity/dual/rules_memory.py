@@ -1,4 +1,4 @@
-"""The rule of the operator that reads memory by its address."""
+"""Rules of operators that read or write memory by its address."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import fx
 
 from fastdensity.dual import runtime
 from fastdensity.dual.functional import line_of
-from fastdensity.dual.rewrite import Builder, Emitted, rule
+from fastdensity.dual.rewrite import RULES, Builder, Emitted, rule
 
 aten = torch.ops.aten
 
@@ -24,3 +24,11 @@ def as_strided(b: Builder, node: fx.Node) -> Emitted:
         )
     rows = b.call(aten.contiguous.default, b.stacked(read))
     return b.call(runtime.as_strided, rows, *b.plain((size, stride, *offset)))
+
+
+def fill_diagonal(b: Builder, node: fx.Node) -> Emitted:
+    """Tangents are zero where a number is written."""
+    return b.call(runtime.fill_diagonal_dual, b.stacked(node.args[0]), *b.plain(node.args[1:]))
+
+
+RULES[runtime.fill_diagonal] = fill_diagonal

@@ -26,6 +26,20 @@ def overwrite_dual(stacked: Tensor, target: Tensor) -> Tensor:
     return stacked.to(target.dtype).expand(stacked.shape[0], *target.shape)
 
 
+def fill_diagonal(tensor: Tensor, number: float, wrap: bool = False) -> Tensor:
+    """What `tensor.fill_diagonal_(number, wrap)` leaves in tensor."""
+    return tensor.masked_fill(_diagonal(tensor, wrap), number)
+
+
+def fill_diagonal_dual(stacked: Tensor, number: float, wrap: bool = False) -> Tensor:
+    """`fill_diagonal` of a dual."""
+    return masked_fill(stacked, _diagonal(stacked[0], wrap), number)
+
+
+def _diagonal(like: Tensor, wrap: bool) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.bool).fill_diagonal_(True, wrap)
+
+
 def stack(value: Tensor, tangents: Tensor) -> Tensor:
     """`(*shape)` and `(K, *shape)` to one dual `(1 + K, *shape)`."""
     if forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING and torch.compiler.is_compiling():

@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -104,6 +105,9 @@ def _explained(error: Exception, gradients: list[str]) -> Exception:
             "fn's control flow depends on the values of tensors, which no graph can hold, at "
             f"{innermost(traceback.extract_tb(error.__traceback__))}. Use torch.where, or move the decision out of fn"
         )
+    if isinstance(error, UnsupportedOperatorException):
+        line = innermost(traceback.extract_tb(error.__traceback__))
+        return NotImplementedError(f"{error.func} cannot be traced, at {line}; call it outside of fn, pass its result")
     if gradients and not user_frames(traceback.extract_tb(error.__traceback__)):
         return NotImplementedError(
             f"fn takes a gradient by torch.autograd in a way that no graph can hold, at {gradients[-1]}; take it by "
