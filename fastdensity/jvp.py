@@ -27,10 +27,11 @@ def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tenso
 
     Args:
         fn: a module or function of tensors that returns one tensor. It is traced once per kind of arguments (shapes,
-            dtypes, devices; new batch sizes reuse a trace where the code allows) and never called again: what it reads
-            must come from its arguments, from tensors it closes over, or from modules, whose parameters are read anew
-            at each call. A changed attribute, hook or submodule is noticed, and fn traced again; class attributes and
-            globals of other files are not watched.
+            dtypes, devices, strides of what is not contiguous; new batch sizes reuse a trace where the code allows)
+            and grad mode, and never called again: what it reads must come from its arguments, from tensors it closes
+            over, or from modules, whose parameters are read anew at each call. A changed attribute, hook or submodule
+            is noticed, and fn traced again; class attributes and globals of other files are not watched. The gradient
+            of a potential may be taken by torch.func.grad, and then costs what torch.func.jvp costs.
         primals: tuple (x, ...) of fn's arguments; x (B, *) floating, the others tensors, numbers, None, or containers
             of these. A single tensor stands for (x,).
         vectors: (K, B, *), of x's dtype and device, K >= 1.
@@ -39,10 +40,11 @@ def jvp(fn: Callable[..., Tensor], primals: Any, vectors: Tensor) -> tuple[Tenso
         (out, tangents): out (B', *), tangents (K, B', *); tangents[k] = (d fn / d x) vectors[k].
 
     Raises:
-        ValueError: vectors of another shape or K = 0; fn returns no tensor, overwrites its input, or branches on
-            values of tensors (the message names the line).
+        ValueError: vectors of another shape or K = 0; fn returns no floating tensor, overwrites its input, branches on
+            values of tensors (the message names the line), or keeps a tensor that it makes where no trace may.
         TypeError: arguments of the wrong type or dtype.
-        NotImplementedError: fn uses an operator that has no forward derivative (named, with its line).
+        NotImplementedError: fn uses an operator that has no forward derivative (named, with its line), or takes a
+            gradient by torch.autograd in a way that no graph holds.
 
     Under grad mode the result is differentiable once more, through plain torch operators; call it under
     `torch.no_grad` (or `inference_mode`) where that is not wanted, which is faster. In training mode dropout draws one
