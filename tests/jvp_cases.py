@@ -27,6 +27,7 @@ SHAPES = {
     "reshape": lambda x: x.mT.reshape(8, -1),
     "flatten": lambda x: x.flatten(1, 2).flatten(),
     "permute": lambda x: x.permute(3, -4, 1, 2).clone(),
+    "as_strided": lambda x: x.contiguous().as_strided((2, 4, 6, 3), (144, 36, 6, 2), 1),
     "transpose": lambda x: x.transpose(-1, 1).movedim(0, 2).swapaxes(0, 1).swapdims(1, 2),
     "turn": lambda x: x[0, 0].t() + x[1, 1].T + x[0, 1].mT,
     "unsqueeze": lambda x: x.unsqueeze(-1).unsqueeze(0).squeeze(-1).squeeze((0,)),
@@ -71,6 +72,7 @@ SHAPES = {
     "pool_adaptive_1d": lambda x: F.adaptive_avg_pool1d(x[:, 0], 3),
     "unfold": lambda x: x.unfold(-1, 3, 2).sum(-1) .sum() + F.unfold(x, 3),
     "in_place": lambda x: _in_place(x),
+    "fill_diagonal": lambda x: (x[0, 0] @ x[1, 1]).fill_diagonal_(2.0) * x[0],
     "scatter": lambda x: torch.select_scatter(x, x[:, 0].sin(), 1, 2)
     * torch.slice_scatter(x, SQUARE[None, None].expand(2, 2, 6, 6), 1, 1, 3),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import fastdensity as fd
 
@@ -69,6 +70,26 @@ def test_primals_that_have_no_tangent(x, vectors, dtype):
 def test_sparse_primals(x, vectors):
     with pytest.raises(TypeError, match="dense"):
         fd.jvp(identity, (x.to_sparse(),), vectors)
+
+
+def test_primals_without_numbers(x, vectors):
+    with pytest.raises(TypeError, match=r"dense \(strided\) tensor with numbers, got layout torch.strided on meta"):
+        fd.jvp(identity, (x.to("meta"),), vectors.to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(x, vectors, layout):
+    nested = torch.nested.nested_tensor([x, x[:2]], layout=layout)
+    with pytest.raises(TypeError, match=r"the first of primals must be a dense.*got a nested tensor"):
+        fd.jvp(identity, (nested,), vectors)
+    with pytest.raises(TypeError, match=r"vectors must be a dense .*of shape \(K, 4, 6\), got a nested tensor"):
+        fd.jvp(identity, (x,), nested)
+
+
+def test_sparse_vectors(x, vectors):
+    with pytest.raises(TypeError, match=r"vectors must be a dense .*of shape \(K, 4, 6\), got layout torch.sparse_coo"):
+        fd.jvp(identity, (x,), vectors.to_sparse())
 
 
 def test_fn_that_cannot_be_called(x, vectors):
@@ -151,12 +172,27 @@ def _writes_through_a_view(x):
     return x
 
 
-@pytest.mark.parametrize("fn", [_adds, _writes_a_view, _writes_through_a_view])
+def _writes_by_out(x):
+    return torch.sin(x, out=x)
+
+
+@pytest.mark.parametrize("fn", [_adds, _writes_a_view, _writes_through_a_view, _writes_by_out])
 def test_overwriting_the_input(x, vectors, fn):
     before = x.clone()
     with pytest.raises(ValueError, match=rf"writes into its input in place at {HERE}"):
         fd.jvp(fn, (x,), vectors)
     assert torch.equal(x, before)
+
+
+def test_overwriting_a_tensor_from_outside(x, vectors):
+    outside = torch.zeros(4, 6)
+    with pytest.raises(ValueError, match=rf"writes into a tensor that it closes over in place at {HERE}"):
+        fd.jvp(lambda x: torch.sin(x, out=outside), (x,), vectors)
+
+
+def test_memory_that_would_be_resized(x, vectors):
+    with pytest.raises(ValueError, match=rf"aten.sin.out writes into `out` at {HERE}.*use what it returns"):
+        fd.jvp(lambda x: torch.sin(x, out=torch.empty(0)), (x,), vectors)
 
 
 def test_overwriting_memory_that_is_read_through_another_view(x, vectors):
@@ -198,6 +234,17 @@ def test_operators_of_torch_without_forward_mode_are_named(x, vectors):
         fd.jvp(lambda x: torch.cdist(x, x.sin(), p=3.0), (x,), vectors)
 
 
+def test_blocks_without_forward_mode_are_named(vectors):
+    x = torch.randn(1, 2, 16, 8)
+    with pytest.raises(NotImplementedError, match=rf"flex_attention has no forward-mode rule.*{HERE}"):
+        fd.jvp(lambda x: flex_attention(x, x, x), (x,), x[None])
+
+
+def test_operators_that_cannot_be_traced_are_named(x, vectors):
+    with pytest.raises(NotImplementedError, match=rf"aten.binomial.default cannot be traced, at {HERE}"):
+        fd.jvp(lambda x: torch.binomial(torch.ones(4, 6), x.sigmoid()), (x,), vectors)
+
+
 def test_errors_of_fn_itself_come_through(x, vectors):
     with pytest.raises(RuntimeError, match=r"same reduction dim|shapes cannot be multiplied"):
         fd.jvp(lambda x: x @ torch.ones(3, 3), (x,), vectors)
@@ -209,5 +256,5 @@ def test_trace_and_explain_check_as_jvp_does(x):
             call(identity, (None,))
         with pytest.raises(ValueError, match="fn must return one tensor"):
             call(lambda x: (x,), (x,))
-        with pytest.raises(NotImplementedError, match=r"fn calls fd.jvp itself"):
+        with pytest.raises(NotImplementedError, match=r"fn calls fd.jvp itself, or a transform of torch\.func"):
             call(lambda x: fd.jvp(identity, (x,), x[None])[1], (x,))

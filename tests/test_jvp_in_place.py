@@ -88,7 +88,19 @@ def same_slice_twice(x: Tensor) -> Tensor:
     return w + v
 
 
-RIGHT = [chain, assigned, slices, used_twice, half]
+def diagonal(x: Tensor) -> Tensor:
+    h = x.T @ x
+    h.fill_diagonal_(2)
+    tall = torch.cat([h, h, h])
+    return tall.fill_diagonal_(0, wrap=True) * h.sum()
+
+
+def powers(x: Tensor) -> Tensor:
+    h = x.exp()
+    return h.pow_(x).float_power_(x)
+
+
+RIGHT = [chain, assigned, slices, used_twice, half, diagonal, powers]
 RIGHT_OR_REFUSED = [through_a_view, slice_then_whole, view_before, view_of_result, halves, same_slice_twice]
 
 
@@ -109,3 +121,43 @@ def test_in_place_operations(fn: Callable[[Tensor], Tensor]) -> None:
         return
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_memory_given_as_out() -> None:
+    def given(x: Tensor) -> Tensor:
+        h, narrow = torch.empty(2, 4, dtype=torch.float64), torch.empty(2, 4)
+        torch.sin(x, out=h)
+        torch.add(x, x, alpha=2, out=narrow[:])
+        return torch.mul(h, x, out=h) + narrow
+
+    def returned(x: Tensor) -> Tensor:
+        return x.sin() * x + (3 * x).float()
+
+    x, vectors = torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    for ours, theirs in zip(fd.jvp(given, (x,), vectors), by_torch(returned, x, vectors), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda h: h.normal_(2, 3),
+        lambda h: h.bernoulli_(),
+        lambda h: h.bernoulli_(0.25),
+        lambda h: h.uniform_(1, 2),
+        lambda h: h.exponential_(),
+        lambda h: h.log_normal_(),
+    ],
+)
+def test_memory_filled_with_random_numbers(draw: Callable[[Tensor], Tensor]) -> None:
+    def fn(x: Tensor) -> Tensor:
+        return x * draw(torch.empty(2, 4, dtype=torch.float64)) + draw(x.clone())
+
+    x, vectors = torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    for _ in range(2):
+        torch.manual_seed(1)
+        out, tangents = fd.jvp(fn, (x,), vectors)
+        torch.manual_seed(1)
+        torch.testing.assert_close(out, fn(x))
+        torch.manual_seed(1)
+        torch.testing.assert_close(tangents, vectors * draw(torch.empty(2, 4, dtype=torch.float64)))

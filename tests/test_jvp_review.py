@@ -174,6 +174,21 @@ def test_default_eps_of_rms_norm_in_half_precision():
     assert (got - wanted).double().norm() < 0.05 * wanted.double().norm()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_operators_without_a_batching_rule(training):
+    """torch's vmap has none for rrelu; its directions go one after the other, with one draw for all."""
+    x, vectors = draw(4, 6), draw(3, 4, 6)
+    for _ in range(3):
+        torch.manual_seed(1)
+        out, tangents = fd.jvp(lambda x: nn.functional.rrelu(x, training=training) * x, (x,), vectors)
+        following = torch.rand(1)
+        torch.manual_seed(1)
+        wanted = nn.functional.rrelu(x, training=training) * x
+        torch.testing.assert_close(following, torch.rand(1))
+        torch.testing.assert_close(out, wanted)
+        torch.testing.assert_close(tangents, 2 * vectors * wanted / x)
+
+
 def test_scripts_are_refused():
     with pytest.raises(TypeError, match=r"torch\.jit module"):
         fd.jvp(torch.jit.trace(nn.Linear(6, 6).double(), draw(4, 6)), (draw(4, 6),), draw(1, 4, 6))

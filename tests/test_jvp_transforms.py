@@ -218,6 +218,27 @@ def test_the_dual_graph_compiles_whole(block, primals, vectors, grad):
             assert_near(got, wanted)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_graph_drops_no_tangent(backend):
+    """torch's own compiled functions give none under a dual level of forward_ad (torch 2.13)."""
+    x, vectors, layer = draw(4, 6), draw(2, 4, 6), nn.Linear(6, 6).double()
+    dual = fd.trace_jvp(lambda x: layer(x).tanh(), (x,))
+
+    def second(x):
+        return torch.func.jvp(lambda x: dual((x,), vectors)[1], (x,), (x,))[1]
+
+    wanted = second(x).detach()
+    with torch.no_grad():
+        whole, loose = (torch.compile(dual, fullgraph=full, backend=backend) for full in (True, False))
+        assert_near(whole((x,), vectors)[1], dual((x,), vectors)[1])
+        with forward_ad.dual_level():
+            both = forward_ad.make_dual(x, x)
+            with pytest.raises(Exception, match="drops the tangents of"):
+                whole((both,), vectors)
+            assert_near(forward_ad.unpack_dual(loose((both,), vectors)[1]).tangent, wanted)
+        assert_near(torch.compile(second, fullgraph=True, backend=backend)(x), wanted)
+
+
 def test_a_fallback_compiles(primals, vectors):
     dual = fd.trace_jvp(lambda x: x.logsumexp(-1).cumprod(-1), primals[:1])
     with torch.no_grad():

@@ -19,12 +19,13 @@ from torch.utils import _pytree as pytree
 
 from fastdensity.boundary import describe
 from fastdensity.dual.capture import Captured, capture
-from fastdensity.dual.functional import line_of, make_functional
+from fastdensity.dual.cautions import warn_of_dropout, warn_of_lost_derivatives
+from fastdensity.dual.functional import make_functional
 from fastdensity.dual.nested import NestedDual, NestedJvpError, end_outer_trace, inside_trace
 from fastdensity.dual.patterns import recognise
 from fastdensity.dual.precision import make_casts_explicit
 from fastdensity.dual.replay import Replay, sizes_follow
-from fastdensity.dual.rewrite import dependents, rewrite
+from fastdensity.dual.rewrite import rewrite
 from fastdensity.dual.tracing import Traced, trace
 from fastdensity.dual.watch import Watch
 
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 STORE = "_fastdensity_duals"  # the attribute in which a module keeps its own graphs
 _MOST_GRAPHS = 64
 _MANY_TRACES = 16
-_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_DETACH = torch.ops.aten.detach.default
-_LARGEST = (torch.ops.aten.amax.default, torch.ops.aten.max.default, torch.ops.aten.max.dim)
 _lock = threading.RLock()
 
 
@@ -49,8 +46,8 @@ class Dual:
         make_functional(self.traced.graph, self.traced.module, self.traced.sources)
         make_casts_explicit(self.traced.graph, autocast)
         recognise(self.traced.graph, self.traced.sources)
-        _warn_of_dropout(self.traced.graph)
-        _warn_of_detach(self.traced)
+        warn_of_dropout(self.traced.graph)
+        warn_of_lost_derivatives(self.traced)
         self.graph, self.records = rewrite(self.traced)
         self.replay = Replay(self.graph, sizes_follow(self.traced))
         self.watch = Watch(captured.modules, captured.objects)
@@ -89,32 +86,6 @@ class Dual:
     def bound_graph(self, fn: Callable[..., Any]) -> fx.GraphModule:
         """The graph with the closed-over tensors as they are now."""
         return rewrite(self.traced, capture(fn).tensors)[0]
-
-
-def _warn_of_dropout(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        drops = node.target in _DROPOUTS and node.args[2] is True and node.args[1] != 0
-        if drops or (node.target is _ATTENTION and len(node.args) > 4 and node.args[4] != 0):
-            warnings.warn(
-                f"dropout is active in fn, at {line_of(node)}: the value and its tangents share one mask, and "
-                "results change from call to call; call model.eval() for the network itself",
-                stacklevel=6,
-            )
-            return
-
-
-def _warn_of_detach(traced: Traced) -> None:
-    """The gradient of a potential taken at x.detach() has derivative 0, as for torch, and few mean that."""
-    carries = dependents(traced)
-    for node in traced.graph.find_nodes(op="call_function", target=_DETACH):
-        of_shift_only = all(user.target in _LARGEST for user in node.users)  # as in a stable softmax
-        if node.args[0] in carries and not of_shift_only:
-            warnings.warn(
-                f"fn detaches what depends on its input, at {line_of(node)}: derivatives end there, as for "
-                "torch.func.jvp. For the gradient of a potential leave the detach out: x.requires_grad_() will do",
-                stacklevel=6,
-            )
-            return
 
 
 class _Store:
@@ -179,7 +150,7 @@ def find(fn: Callable[..., Any], primals: tuple[Any, ...]) -> tuple[Dual | Neste
     x = primals[0]
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
-    mode = (captured.key, structure, torch.get_autocast_dtype(device) if autocast else None)
+    mode = (captured.key, structure, torch.get_autocast_dtype(device) if autocast else None, *_modes())
     everything = leaves + captured.tensors
     key = (mode, *map(_kind, everything))
     dual = store.exact.get(key)
@@ -238,6 +209,11 @@ def _store(captured: Captured) -> _Store:
     return store
 
 
+def _modes() -> tuple[Hashable, ...]:
+    """What code may ask torch for, and branch on."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+
+
 def _leaves(primals: tuple[Any, ...]) -> tuple[list[Any], Hashable]:
     if all(isinstance(leaf, Tensor) for leaf in primals):
         return list(primals), len(primals)
@@ -252,4 +228,6 @@ def _kind(leaf: Any, batch: int = -1) -> Hashable:
     shape: Any = leaf.shape
     if batch > 1 and len(shape) and shape[0] == batch:
         shape = ("batch", *shape[1:])
-    return shape, leaf.dtype, leaf.device
+    if leaf.layout is not torch.strided:
+        return shape, leaf.dtype, leaf.device, leaf.layout
+    return shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride()

@@ -25,6 +25,10 @@ _LIBRARIES = ("torch", "numpy", "builtins", "fastdensity")
 _MOST_DEPTH = 6
 
 
+class NotTraceableError(Exception):
+    """What the user's code did that no graph can hold; turned into a ValueError at the door."""
+
+
 @dataclass
 class Captured:
     """A callable taken apart; `rebuild(tensors)` puts it together with other tensors in place of its own."""
@@ -34,6 +38,7 @@ class Captured:
     modules: list[nn.Module] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     objects: list[Any] = field(default_factory=list)  # neither tensor nor module: watched, and kept alive
+    containers: list[Any] = field(default_factory=list)  # lists and dictionaries, which are constants of the trace
     rebuild: Rebuild = lambda tensors: None
 
 
@@ -85,12 +90,12 @@ class _Walk:
         return ("tensor", tensor.dim()), lambda tensors: tensors[number]
 
     def _function(self, function: types.FunctionType, depth: int) -> tuple[Hashable, Rebuild]:
-        of_library = function.__module__ is not None and function.__module__.split(".")[0] in _LIBRARIES
-        if of_library and not function.__closure__:
+        library = of_library(function.__module__)
+        if library and not function.__closure__:
             return ("same", id(function)), _constant(function)
         self.seen.add(id(function))
         cells = tuple(_content(cell) for cell in function.__closure__ or ())
-        names = {} if of_library else _globals_of(function)
+        names = {} if library else _globals_of(function)
         parts = (cells, function.__defaults__, function.__kwdefaults__, names)
         before = len(self.captured.tensors)
         keys, rebuilds = zip(*(self.value(part, depth + 1) for part in parts), strict=True)
@@ -126,6 +131,8 @@ class _Walk:
         kind = type(values)
         if kind not in (tuple, list, dict):  # a named tuple, an ordered dict: as an object
             return self._object(values, depth)
+        if kind is not tuple:
+            self.captured.containers.append(values)
         items = values.values() if kind is dict else values
         walked = [self.value(item, depth + 1) for item in items]
         names = tuple(map(str, values)) if kind is dict else ()
@@ -153,6 +160,11 @@ class _Walk:
 
     def _in_slot(self, value: Any, depth: int) -> Hashable:
         return ("same", id(value)) if isinstance(value, Tensor) else self.value(value, depth)[0]
+
+
+def of_library(module: str | None) -> bool:
+    """Is this the name of a module of torch, numpy, Python or this package?"""
+    return module is not None and module.split(".")[0] in _LIBRARIES
 
 
 def _refuse_script(module: nn.Module) -> None:

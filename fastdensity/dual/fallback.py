@@ -6,6 +6,7 @@ torch computes the forward derivative of its own operators, or says that it cann
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ aten = torch.ops.aten
 _NO_TANGENT = {
     "detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_zeros", "new_ones", "new_empty", "new_full", "sign", "sgn", "floor", "ceil", "round", "trunc",
-    "floor_divide", "bernoulli", "heaviside", "sym_size", "sym_stride", "sym_numel", "size", "numel",
+    "floor_divide", "heaviside", "sym_size", "sym_stride", "sym_numel", "size", "numel",
+    "bernoulli", "binomial", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal",
+    "normal_functional", "poisson", "random", "uniform",
 }  # fmt: skip
 
 
@@ -77,6 +80,7 @@ class NodeCall:
 
     def __init__(self, target: Any, spec: Any, positions: list[int], line: str) -> None:
         self.target, self.spec, self.positions, self.line = target, spec, positions, line
+        self._in_turn = False
         self.__name__ = f"jvp_of_{str(target).replace('.', '_')}"  # what the printed graph shows
         self.__module__, self.__qualname__ = __name__, self.__name__
 
@@ -97,11 +101,34 @@ class NodeCall:
 
         try:
             with sdpa_kernel(SDPBackend.MATH):
-                batched = torch.func.vmap(push, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type]
-                values, tangents = batched(*(dual[1:] for dual in duals))
+                return _restack(*self._of_all(push, [dual[1:] for dual in duals]))
         except NotImplementedError as error:
             raise NotImplementedError(f"{self.target} has no forward-mode rule in torch, at {self.line}") from error
-        return _restack(values, tangents)
+
+    def _of_all(self, push: Callable[..., Any], tangents: list[Tensor]) -> tuple[Any, Any]:
+        """The value, and the tangents along all directions: by vmap, else one after the other."""
+        if not self._in_turn:
+            try:
+                return torch.func.vmap(push, out_dims=(None, 0), randomness="same")(*tangents)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                if "vmap: " not in str(error) and "Batching rule not implemented" not in str(error):
+                    raise
+                self._in_turn = True  # torch has no batching rule for it
+        return _one_by_one(push, tangents)
+
+
+def _one_by_one(push: Callable[..., Any], tangents: list[Tensor]) -> tuple[Any, Any]:
+    """All directions share one draw of random numbers, as they do in vmap."""
+    device = [tangents[0].device] if tangents[0].is_cuda else []
+    results = []
+    for directions in zip(*(item[1:].unbind() for item in tangents), strict=True):
+        with torch.random.fork_rng(device):
+            results.append(push(*directions))
+    value, first = push(*(item[0] for item in tangents))  # moves the generator on, as one call does
+    every = [first, *(tangent for _, tangent in results)]
+    if isinstance(value, Tensor):
+        return value, torch.stack(every)
+    return value, tuple(map(torch.stack, zip(*every, strict=True)))
 
 
 def _restack(values: Any, tangents: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastdensity.dual import runtime
+from fastdensity.dual import twins
 
 aten = torch.ops.aten
 _BLOCKS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -40,6 +40,9 @@ def make_functional(graph: fx.Graph, module: fx.GraphModule, sources: dict[str, 
     """Change `graph` in place; ValueError where the code overwrites its input or memory that others still see."""
     while any(_inline(node, module) for node in list(graph.nodes)):
         pass
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):  # one block of the user's or torch's code
+            raise NotImplementedError(f"{node.target} has no forward-mode rule known here, at {line_of(node)}")
     for node in list(graph.nodes):
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if node.target in _DROPPED:
@@ -113,19 +116,18 @@ def _storage(node: fx.Node) -> Any:
 
 
 def _replace_mutation(graph: fx.Graph, node: fx.Node, sources: dict[str, tuple[str, Any]]) -> None:
-    written = node.args[0]
-    assert isinstance(written, fx.Node)
     if node.target is aten.detach_.default:  # how torch.tensor(...) in the code looks; memory is not touched
         node.target = aten.detach.default
         return
+    written, call = twins.functional(node, line_of(node))
     owner = _placeholder_of(written)
     if owner is not None:
         kind, name = sources[owner.name]
-        what = "its input" if kind in ("primal", "captured") else f"{name!r}"
-        hint = "" if what == "its input" else " (call model.eval() if that is a running statistic)"
+        what = {"primal": "its input", "captured": "a tensor that it closes over"}.get(kind, repr(name))
+        hint = " (call model.eval() if that is a running statistic)" if kind not in ("primal", "captured") else ""
         raise ValueError(f"fn writes into {what} in place at {line_of(node)}; write to a copy instead{hint}")
     with graph.inserting_before(node):
-        value = graph.call_function(_functional_twin(node), node.args, node.kwargs)
+        value = graph.call_function(*call)
         value.meta = dict(node.meta)
         natural = _natural_dtype(value)
         if natural is not None and natural != node.meta["val"].dtype:  # what is written keeps its own type
@@ -144,19 +146,6 @@ def _placeholder_of(node: fx.Node) -> fx.Node | None:
         if placeholder is node or (storage is not None and _storage(placeholder) == storage):
             return placeholder
     return None
-
-
-def _functional_twin(node: fx.Node) -> Any:
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    if target is aten.copy_.default:
-        return runtime.overwrite
-    name = target._schema.name.split("::")[1].removesuffix("_")
-    packet = getattr(torch.ops.aten, name, None)
-    overload = target._overloadname
-    if packet is None or not target._schema.name.endswith("_") or overload not in packet.overloads():
-        raise ValueError(f"{target} changes a tensor in place at {line_of(node)}, and has no functional form here")
-    return getattr(packet, overload)
 
 
 def _natural_dtype(node: fx.Node) -> torch.dtype | None:

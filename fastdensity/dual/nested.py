@@ -1,6 +1,8 @@
-"""A jvp of a function that itself calls `fastdensity.jvp`: second order, for score alignment without scores.
+"""A jvp of a function that itself calls `fastdensity.jvp`, for score alignment without scores, or torch.func.
 
-No graph holds torch.func transforms, so such a function is not traced. torch's forward mode runs over the inner dual
+Second order: the gradient of a potential by torch.func.grad, say.
+
+No graph holds transforms, so such a function is not traced. torch's forward mode runs over it, and over the inner dual
 graph, whose ops then go through their torch references.
 """
 
@@ -19,7 +21,7 @@ _state = threading.local()
 
 
 class NestedJvpError(BaseException):
-    """Raised out of a trace that meets a jvp; no `except Exception` of the user's may end it on the way."""
+    """Raised out of a trace that meets a transform; no `except Exception` of the user's may end it on the way."""
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def rewrite(traced: Traced, bind: list[Tensor] | None = None) -> tuple[fx.GraphM
     Raises:
         NotImplementedError: an operator without a forward derivative, with the line that calls it.
     """
-    from fastdensity.dual import fusion, rules_linear, rules_network, rules_shape  # noqa: F401  they register
+    from fastdensity.dual import fusion, rules_linear, rules_memory, rules_network, rules_shape  # noqa: F401  they register
 
     builder = Builder(traced, bind)
     emit(builder, fusion.plan(traced.graph, dependents(traced)))

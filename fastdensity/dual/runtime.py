@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 
 
 def size(tensor: Tensor, dim: int) -> int:
@@ -24,8 +26,27 @@ def overwrite_dual(stacked: Tensor, target: Tensor) -> Tensor:
     return stacked.to(target.dtype).expand(stacked.shape[0], *target.shape)
 
 
+def fill_diagonal(tensor: Tensor, number: float, wrap: bool = False) -> Tensor:
+    """What `tensor.fill_diagonal_(number, wrap)` leaves in tensor."""
+    return tensor.masked_fill(_diagonal(tensor, wrap), number)
+
+
+def fill_diagonal_dual(stacked: Tensor, number: float, wrap: bool = False) -> Tensor:
+    """`fill_diagonal` of a dual."""
+    return masked_fill(stacked, _diagonal(stacked[0], wrap), number)
+
+
+def _diagonal(like: Tensor, wrap: bool) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.bool).fill_diagonal_(True, wrap)
+
+
 def stack(value: Tensor, tangents: Tensor) -> Tensor:
     """`(*shape)` and `(K, *shape)` to one dual `(1 + K, *shape)`."""
+    if forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a compiled graph drops the tangents of torch.autograd.forward_ad without a word; compile the whole of "
+            "torch.func.jvp(...), or call the graph itself within the dual level"
+        )
     return torch.cat([value.unsqueeze(0), tangents])
 
 
@@ -60,6 +81,14 @@ def product(multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: T
     value = multiply(left[0], right[0])
     tangents = multiply(left[1:], right[:1]) + multiply(left[:1], right[1:])
     return stack(value, tangents)
+
+
+def as_strided(stacked: Tensor, size: list[int], stride: list[int], offset: int | None = None) -> Tensor:
+    """as_strided of each row of a contiguous stack."""
+    last = (offset or 0) + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if last >= stacked[0].numel() and 0 not in size:
+        raise ValueError(f"as_strided reads element {last} of a tensor of {stacked[0].numel()}, past its end")
+    return torch.vmap(lambda row: row.as_strided(size, stride, offset))(stacked)
 
 
 def einsum(equation: str, operands: list[Tensor], duals: list[bool]) -> Tensor:

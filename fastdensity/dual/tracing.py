@@ -7,36 +7,25 @@ the module holds them; the dual graph later asks the live module by that name.
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
-from fastdensity.dual.capture import Captured
+from fastdensity.dual.capture import Captured, NotTraceableError
+from fastdensity.dual.inner_derivatives import gradients_noted, own_derivatives_refused, transforms_end_the_trace
+from fastdensity.dual.kept import FakesMade, empty_caches_of_fakes, inference_tensors_replaced, state_kept
+from fastdensity.dual.lines import innermost, user_frames
+from fastdensity.dual.surroundings import progress, quietly
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent.parent)
-SLOW_SECONDS = 3.0  # after this long, say that a trace is going on
 Path_ = tuple[Any, ...]  # how to reach a leaf of the primals: indices and keys
-
-
-class NotTraceableError(Exception):
-    """What the user's code did that no graph can hold; turned into a ValueError at the door."""
 
 
 @dataclass
@@ -67,6 +56,11 @@ class _Callable(nn.Module):
                 f"fn must return one tensor, got {type(out).__name__}; wrap it, for example "
                 "`lambda x: model(x, t).sample` or `model(x, t, return_dict=False)[0]`"
             )
+        if not out.is_floating_point() and not out.is_complex():
+            raise NotTraceableError(
+                f"fn must return a floating tensor, got one of {out.dtype}, which has no tangents (of an argmax or a "
+                "comparison, say)"
+            )
         return out
 
 
@@ -78,27 +72,73 @@ def trace(captured: Captured, primals: tuple[Any, ...]) -> Traced:
     """
     root = _Callable(captured)
     batch = primals[0].shape[0] if primals[0].dim() else 0
-    with _quietly(), _progress(), _attributes_kept(captured.modules):
+    with quietly(), progress(), inference_tensors_replaced(captured.modules), own_derivatives_refused():
         arguments = pytree.tree_map_only(Tensor, _example, (primals, captured.tensors))
-        if batch > 1:
+        with transforms_end_the_trace(), gradients_noted() as gradients:
             try:
-                return _read(_export(root, arguments, batch), captured, batch)
+                return _general_or_special(root, arguments, captured, batch)
             except NotTraceableError as error:
                 raise ValueError(str(error)) from error
-            except Exception:
-                pass  # this network is made for one batch size only, or fails for another reason: the next call says
+            except Exception as error:
+                explained = _explained(error, gradients)
+                if explained is error:
+                    raise
+                raise explained from error
+
+
+def _general_or_special(root: nn.Module, arguments: tuple[Any, ...], captured: Captured, batch: int) -> Traced:
+    """For any batch size if that can be, else for this one."""
+    if batch > 1:
         try:
-            return _read(_export(root, arguments, None), captured, None)
-        except NotTraceableError as error:
-            raise ValueError(str(error)) from error
-        except Exception as error:
-            if _is_data_dependent(error):
-                raise ValueError(
-                    f"fn's control flow depends on the values of tensors, which no graph can hold, at "
-                    f"{_innermost(traceback.extract_tb(error.__traceback__))}. "
-                    "Use torch.where, or move the decision out of fn"
-                ) from error
+            return _run(root, arguments, captured, batch)
+        except NotTraceableError:
             raise
+        except Exception:
+            pass  # this network is made for one batch size only, or fails for another reason: the next call says
+    return _run(root, arguments, captured, None)
+
+
+def _explained(error: Exception, gradients: list[str]) -> Exception:
+    """An error of torch.export that is not fn's own, in words that name fn's line."""
+    if _is_data_dependent(error):
+        return ValueError(
+            "fn's control flow depends on the values of tensors, which no graph can hold, at "
+            f"{innermost(traceback.extract_tb(error.__traceback__))}. Use torch.where, or move the decision out of fn"
+        )
+    if isinstance(error, UnsupportedOperatorException):
+        line = innermost(traceback.extract_tb(error.__traceback__))
+        return NotImplementedError(f"{error.func} cannot be traced, at {line}; call it outside of fn, pass its result")
+    if gradients and not user_frames(traceback.extract_tb(error.__traceback__)):
+        return NotImplementedError(
+            f"fn takes a gradient by torch.autograd in a way that no graph can hold, at {gradients[-1]}; take it by "
+            "torch.func.grad(potential)(x), which fd.jvp differentiates by torch's forward mode"
+        )
+    return error
+
+
+def _run(root: nn.Module, arguments: tuple[Any, ...], captured: Captured, batch: int | None) -> Traced:
+    """One run of fn, after which nothing that outlives it holds a fake tensor."""
+    with FakesMade() as fakes:
+        try:
+            with state_kept(captured):
+                program = _export(root, arguments, batch)
+                traced = _read(program, captured, batch)
+        except BaseException:
+            empty_caches_of_fakes()
+            raise
+    fakes.take_out_of_caches(_fakes_of(program))
+    return traced
+
+
+def _fakes_of(program: Any) -> list[Any]:
+    """The fake tensors that a program holds itself: those of its nodes, erased ones too, and of its inputs."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    nodes = {*(node for graph in graphs for node in graph.nodes)}
+    for graph in graphs:
+        nodes.update(item for item in graph._graph_namespace._obj_to_name if isinstance(item, fx.Node))
+    found = pytree.tree_leaves([(node.meta.get("val"), node.args, node.kwargs) for node in nodes])
+    environment = _shape_environment(program)
+    return found + [tracked.fake for tracked in (environment.tracked_fakes if environment else None) or ()]
 
 
 def _export(root: nn.Module, arguments: tuple[Any, ...], batch: int | None) -> Any:
@@ -118,110 +158,7 @@ def _example(tensor: Tensor) -> Tensor:
         if not plain.is_inference():
             return plain
     with torch.inference_mode(False):
-        return torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape).contiguous()
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Outside every mode of the caller, and without torch's own advice on failures that are translated here."""
-    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    with ExitStack() as stack:
-        stack.enter_context(temporarily_clear_interpreter_stack())
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())  # so that a block under no_grad shows
-        stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(redirect_stdout(StringIO()))
-        stack.enter_context(_lines_of_functions())
-        stack.enter_context(_own_derivatives_refused())
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextmanager
-def _lines_of_functions() -> Iterator[None]:
-    """Nodes remember the lines of plain functions, too; torch keeps those of modules' forward methods only."""
-    kind = fx.proxy.TracerBase
-    original = getattr(kind, "_filter_traceback_frames", None)
-    if original is None:
-        yield
-        return
-
-    def keep(self: Any, summary: traceback.StackSummary) -> traceback.StackSummary:
-        return traceback.StackSummary.from_list(_user_frames(summary)[-3:])
-
-    kind._filter_traceback_frames = keep
-    try:
-        yield
-    finally:
-        kind._filter_traceback_frames = original
-
-
-@contextmanager
-def _attributes_kept(roots: list[nn.Module]) -> Iterator[None]:
-    """torch.export leaves equal copies of modules' tuples, lists and dicts behind; the originals come back here.
-
-    A container that two modules share must stay shared, and earlier graphs must not take the copies for a change.
-    """
-    kept = [(vars(module), dict(vars(module))) for root in roots for module in root.modules()]
-    try:
-        yield
-    finally:
-        for entries, before in kept:
-            entries.update(before)
-
-
-@contextmanager
-def _own_derivatives_refused() -> Iterator[None]:
-    """A trace goes through the forward of an autograd.Function, and would lose the derivative that its author wrote."""
-    base, thread = torch.autograd.Function, threading.get_ident()
-    original = base.__dict__["apply"]
-
-    def apply(cls: Any, *arguments: Any, **keywords: Any) -> Any:
-        if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
-            raise NotImplementedError(
-                f"{cls.__name__} is an autograd.Function with a derivative of its own, which no graph holds, at "
-                f"{_innermost(traceback.extract_stack())}; write it in torch operators (a detach for what is not to be "
-                "differentiated)"
-            )
-        return original.__get__(None, cls)(*arguments, **keywords)
-
-    base.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        base.apply = original  # type: ignore[method-assign]
-
-
-@contextmanager
-def _progress() -> Iterator[None]:
-    """One line on stderr when a trace takes long."""
-    import sys
-
-    start = time.perf_counter()
-    shown = threading.Event()
-
-    def show() -> None:
-        shown.set()
-        print("fastdensity: tracing the network once for its dual ...", end="", file=sys.stderr, flush=True)
-
-    timer = threading.Timer(SLOW_SECONDS, show)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if shown.is_set():
-            print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _is_data_dependent(error: BaseException) -> bool:
@@ -230,17 +167,6 @@ def _is_data_dependent(error: BaseException) -> bool:
 
     kinds = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
     return isinstance(error, kinds) or "data-dependent" in str(error)
-
-
-def _user_frames(summary: traceback.StackSummary) -> list[traceback.FrameSummary]:
-    """The frames that are neither torch's nor this package's."""
-    return [frame for frame in summary if not frame.filename.startswith((_TORCH, _HERE, "<"))]
-
-
-def _innermost(summary: traceback.StackSummary) -> str:
-    """The user's line that was being run: 'file:line, `code`'."""
-    frames = _user_frames(summary)
-    return f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "an unknown line"
 
 
 def _read(program: Any, captured: Captured, batch: int | None) -> Traced:

@@ -43,18 +43,18 @@ class Watch:
         self._dicts = [vars(module) for module in everything]
         self._dicts += [vars(module)[name] for module in everything for name in _HOLDERS]
         self._dicts += [vars(value) for value in self._objects if hasattr(value, "__dict__")]
-        self._reached = _Reached(everything, self._objects)
+        self._reached = Reached(everything, self._objects)
         self._dicts += self._reached.dicts
         self._snapshots = [tuple(entries.values()) for entries in self._dicts]
         self._readings = [read() for read in self._reached.others]
         self._tensors = _state(self._modules)
-        self._dtypes = [tensor.dtype for tensor in self._tensors.values()]
         self._values = list(self._tensors.values())
+        self._kinds = _kinds(self._values)
         self._plain = _plain_entries(everything, self._objects, self._reached.dicts)
 
     def fresh(self) -> bool:
         """True if nothing has changed but the values of parameters and buffers."""
-        if [tensor.dtype for tensor in self._values] != self._dtypes:
+        if _kinds(self._values) != self._kinds:  # `.data = ` leaves the tensor itself in its place
             return False
         if not all(map(_same_items, (read() for read in self._reached.others), self._readings)):
             return False
@@ -66,7 +66,7 @@ class Watch:
         Nor is another order of a dictionary, or an equal tuple in the place of another: tracing leaves both behind.
         """
         everything = [module for root in self._modules for module in root.modules()]
-        plain = _plain_entries(everything, self._objects, _Reached(everything, self._objects).dicts)
+        plain = _plain_entries(everything, self._objects, Reached(everything, self._objects).dicts)
         if plain.keys() != self._plain.keys() or not all(_same(plain[name], self._plain[name]) for name in plain):
             return False
         before = {name: _kind(tensor) for name, tensor in self._tensors.items()}
@@ -76,16 +76,17 @@ class Watch:
         return True
 
 
-class _Reached:
+class Reached:
     """What the attributes of modules and objects lead to, and a trace has read as constants.
 
     `dicts`: dictionaries, among them those of plain objects and of modules that are not registered. `others`: readers
-    of lists, sets and slots.
+    of lists, sets and slots. `containers`: those lists and sets.
     """
 
     def __init__(self, modules: list[nn.Module], objects: list[Any]) -> None:
         self.dicts: list[dict[Any, Any]] = []
         self.others: list[Callable[[], list[Any]]] = []
+        self.containers: list[Any] = []
         self._seen = {id(module) for module in modules}
         for value in objects:
             self._visit(value, 0)
@@ -106,6 +107,7 @@ class _Reached:
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             if not isinstance(value, (tuple, frozenset)):
                 self.others.append(lambda: list(value))
+                self.containers.append(value)
             self._all(value, depth)
         else:
             self._object(value, depth)
@@ -177,6 +179,10 @@ def _state(modules: list[nn.Module]) -> dict[str, Tensor]:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             found[f"{number}.{name}"] = tensor
     return found
+
+
+def _kinds(tensors: list[Tensor]) -> list[Any]:
+    return [(tensor.dtype, tensor.shape) for tensor in tensors]
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
