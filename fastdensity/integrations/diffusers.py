@@ -26,8 +26,6 @@ from fastdensity.reference.rows import Parameter
 
 _JUMPS = "its steps jump to the data and noise it again: that is no ODE, and its prediction no score"
 REFUSED = dict.fromkeys(("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"), _JUMPS)
-# kept in the config, so that whoever rebuilds a scheduler from it is told by diffusers that it was dropped
-CONFIG_KEY = "fastdensity_guidance"
 
 
 def guide_scheduler(scheduler: Any, q: Parameter, interval: tuple[float, float], closed: bool) -> Any:
