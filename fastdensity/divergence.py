@@ -34,7 +34,8 @@ class DivergenceEstimate:
     Attributes:
         value: (B, *) fn(x), in fn's dtype.
         div: (B,) the divergence, float64; NaN where fn's result or its derivatives are not finite.
-        std_err: (B,) standard error of div: 0 where it is exact, NaN where the method shows no spread (one probe).
+        std_err: (B,) standard error of div: 0 where it is exact, NaN where the method shows no spread (one probe) or
+            div is NaN.
         num_matvecs: (B,) int64, products with the Jacobian that the sample took.
         converged: (B,) bool, False where a wanted tolerance was not met, or div is not finite.
     """

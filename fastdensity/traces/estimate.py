@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,10 @@ def estimate(task: Task, how: DivergenceMethod) -> Estimate:
 def _all_rows(
     task: Task, how: DivergenceMethod, cut: Plan, method: str, count: int, offset: int, rows: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-    """fn's values, (div, std_err) and the number of products, of all or the given rows."""
+    """fn's values, (div, std_err) and the number of products, of all or the given rows.
+
+    A row is NaN if its result is not finite, though its derivatives may be: those of log at -1 are.
+    """
     batch = task.x.shape[0]
     if rows is None:
         rows = torch.arange(batch, device=task.x.device)
@@ -83,9 +87,10 @@ def _all_rows(
         )
         trace = _trace(block, how, method, count)
         assert block.value is not None
+        unknown = ~(block.value.reshape(len(index), -1).isfinite().all(1) & trace.div.isfinite())
         values.append(block.value[:valid])
-        divs.append(trace.div[:valid])
-        errors.append(trace.std_err[:valid])
+        divs.append(trace.div.masked_fill(unknown, math.nan)[:valid])
+        errors.append(trace.std_err.masked_fill(unknown, math.nan)[:valid])
         products = trace.products
     return torch.cat(values), (torch.cat(divs), torch.cat(errors)), products
 
