@@ -88,6 +88,8 @@ def divergence(
         identity: fn(x) = identity x + rest(x), a number or (B,): only the rest is estimated. It matters to normal
             probes, hutchpp and xtrace; the other probes know a multiple of the identity exactly.
         memory: bytes that intermediate results of one call of the network may take, roughly; default 256 MiB on CPU.
+            There a call with one tangent takes up to 4 MiB, or what a single row does, whatever is given: no row's
+            bits depend on it. A batch in one piece takes at least one tangent of all rows.
         forward: "dual" (`fd.jvp`), or "torch" (torch.func.jvp) for a fn that fd.jvp cannot trace.
 
     Returns:

@@ -394,7 +394,7 @@ def test_costly_networks_are_called_with_fewer_rows() -> None:
     large = blocks.plan(blocks.Function(network(2048, 1024)), x, None)
     huge = blocks.plan(blocks.Function(network(8192, 1024)), x, None)
     assert (small.rows, large.rows, huge.rows) == (blocks.MOST_ROWS, 8, 2)
-    assert [blocks._rows_on_cpu(1 << 30, products) for products in (1, 2, 3, 8)] == [2, 2, 1, 1]
+    assert [blocks._rows_on_cpu(1 << 30, 1, products) for products in (1, 2, 3, 8)] == [2, 2, 1, 1]
     assert blocks.plan(blocks.Function(network()), normals(9, 24).float(), 1).tangents == 1
 
 

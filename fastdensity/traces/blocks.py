@@ -3,7 +3,9 @@
 On a CPU a matrix product may round a row differently in a batch of another size. So the network is always called with
 the same number of rows, missing ones filled up with copies: then a row's bits cannot depend on its batch. That number
 is set by the network, the shape of a sample and the number of products, such that filling up costs some milliseconds at
-most: one or two rows for large networks. On other devices the rows stay together, as memory allows.
+most and the results stay in a cache: one or two rows for large networks. It is never set by the memory that is allowed,
+or a row's bits would depend on that; what the caller allows bounds the tangents of a call. On other devices the rows
+stay together, as memory allows.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ VALUE_OPERATIONS, BLOCK_OPERATIONS = 1 << 28, 1 << 30  # of a call on one block,
 LEAST_PLANES = 4  # values and tangents of a call, below which a large network, too, runs slower than it could
 MEMORY = {"cpu": 1 << 28}  # bytes of a call's intermediate results
 DEVICE_MEMORY = 1 << 31
-COMPARED_BYTES = 1 << 22  # of the results of rows that are compared to find whether fn couples them
+CALL_BYTES = 1 << 22  # of the results of a call on a CPU with one tangent: larger blocks were 0 to 30 times slower
 MOST_WRITTEN_OUT = apart.MOST_COMPARED  # a larger batch is hardly written out in fn's code
 UNKNOWN_LAYERS = 16  # of a function that is not traced: it holds so many tensors of its input's size
 _apart: WeakSet[Any] = WeakSet()  # graphs of one row that were found to be so
@@ -42,23 +44,23 @@ class Plan:
     together: bool
 
 
-def plan(function: Function, x: Tensor, memory: int | None, products: int = 1) -> Plan:
+def plan(function: Function, x: Tensor, memory: int | None, products: int = 1, kept: int = 0) -> Plan:
     """How fn is called on a batch like x for so many products; checks, once per function, that rows are independent.
+
+    kept: bytes that the estimator keeps of each row from call to call.
 
     Raises:
         ValueError: a row of fn's result depends on another row.
     """
     budget = MEMORY.get(x.device.type, DEVICE_MEMORY) if memory is None else memory
-    dual = _one_row(function, x, products)
+    dual = _one_row(function, x, products, kept)
     if dual is not None:
-        cost, row_bytes = _costs(dual)
+        cost, row_bytes = _costs(dual, x)
+        each = 2 * row_bytes + kept
         if dual in _apart or _can_be_cut(function, x, cost, row_bytes):
             _apart.add(dual)
-            rows = (
-                _rows_on_cpu(cost, products)
-                if x.device.type == "cpu"
-                else min(x.shape[0], max(1, budget // (2 * row_bytes)))
-            )
+            on_cpu = x.device.type == "cpu"
+            rows = _rows_on_cpu(cost, each, products) if on_cpu else min(x.shape[0], max(1, budget // each))
             return Plan(rows, _tangents(budget, rows * row_bytes), False)
         _uncut.add(dual)
     graph = _traced_whole(function, x)
@@ -98,7 +100,7 @@ def _can_be_cut(function: Function, x: Tensor, cost: int, row_bytes: int) -> boo
     Not if its code has the batch's size, or counts rows, or mixes the rows of other arguments than x.
     """
     batch = x.shape[0]
-    count = apart.rows_compared(cost, batch, COMPARED_BYTES // row_bytes)
+    count = apart.rows_compared(cost, batch, CALL_BYTES // row_bytes)
     index = torch.arange(count, device=x.device) % batch  # copies, where the batch is smaller than what is to come
     found = apart.results_apart(function, x, index)
     if found is None and not 1 < batch <= MOST_WRITTEN_OUT:
@@ -110,10 +112,17 @@ def _can_be_cut(function: Function, x: Tensor, cost: int, row_bytes: int) -> boo
     return apart.is_the_same_alone(function, x, index, found)
 
 
-def _rows_on_cpu(cost: int, products: int) -> int:
+def _rows_on_cpu(cost: int, row_bytes: int, products: int) -> int:
+    """A power of two. row_bytes: of a row's results and one tangent's, and of what is kept of it."""
     planes = 1 + products
     affordable = min(VALUE_OPERATIONS // cost, BLOCK_OPERATIONS // (cost * planes))
-    return min(MOST_ROWS, max(1 << max(0, affordable.bit_length() - 1), -(-LEAST_PLANES // planes)))
+    rows = min(MOST_ROWS, max(_power_of_two(affordable), -(-LEAST_PLANES // planes)))
+    return min(rows, _power_of_two(CALL_BYTES // row_bytes))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest up to `number`, at least 1."""
+    return 1 << max(0, number.bit_length() - 1)
 
 
 def _whole_graph(function: Function, x: Tensor) -> Any:
@@ -125,12 +134,15 @@ def _whole_graph(function: Function, x: Tensor) -> Any:
     return find(function.fn, (x, *function.args))[0]
 
 
-def _costs(dual: Any) -> tuple[int, int]:
-    """Operations of one row, and bytes that its results, or those of one of its tangents, hold at most."""
+def _costs(dual: Any, x: Tensor) -> tuple[int, int]:
+    """Operations of one row, and bytes that it holds at most, or one of its tangents.
+
+    Beside the results there is the tangent itself, and its copy behind the state.
+    """
     from fastdensity.dual.table import operations, plane_bytes
 
     if dual not in _known_costs:
-        _known_costs[dual] = max(1, operations(dual)), max(1, plane_bytes(dual))
+        _known_costs[dual] = max(1, operations(dual)), plane_bytes(dual) + 2 * x[0].numel() * x.element_size()
     return _known_costs[dual]
 
 
@@ -138,7 +150,7 @@ def _tangents(budget: int, bytes_each: int) -> int:
     return max(1, budget // max(1, bytes_each) - 1)
 
 
-def _one_row(function: Function, x: Tensor, products: int) -> Any:
+def _one_row(function: Function, x: Tensor, products: int, kept: int) -> Any:
     """The dual of fn on one row; None where only the whole batch can be computed at once."""
     if function.forward != "dual":
         return None
@@ -153,21 +165,22 @@ def _one_row(function: Function, x: Tensor, products: int) -> Any:
         dual = find(one.fn, (x[:1], *one.args))[0]
         if dual in _uncut or not isinstance(dual, Dual) or not _keeps_rows(dual, x[:1]):
             return None  # a module that holds a tensor of the batch gives more than the one row
-        if batch == 1 and not _takes_copies(function, x, dual, products):
+        if batch == 1 and not _takes_copies(function, x, dual, products, kept):
             return None
     except Exception:  # fn takes no single row, say: if the fault is another, the whole batch has it, too
         return None
     return dual
 
 
-def _takes_copies(function: Function, x: Tensor, dual: Any, products: int) -> bool:
+def _takes_copies(function: Function, x: Tensor, dual: Any, products: int, kept: int) -> bool:
     """Can a single row be filled up? Its mask (1, H, W) may belong to it or to all: what only its own size fits cannot.
 
     One row of a costly network stays alone, if its products fill a call.
     """
     from fastdensity.dual.cache import find
 
-    if x.device.type != "cpu" or _rows_on_cpu(_costs(dual)[0], products) == 1:
+    cost, row_bytes = _costs(dual, x)
+    if x.device.type != "cpu" or _rows_on_cpu(cost, 2 * row_bytes + kept, products) == 1:
         return True
     index = torch.zeros(2, dtype=torch.int64)
     pair = function.rows(index, 1)

@@ -22,6 +22,8 @@ from fastdensity.traces.xtrace import xtrace
 
 LEAST_OF_A_TOLERANCE = 8  # products, or two sweeps of colours: below, a standard error means little
 
+BYTES_OF_DOUBLE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -51,10 +53,11 @@ def estimate(task: Task, how: DivergenceMethod) -> Estimate:
     if x.numel() == 0:
         zero = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         return Estimate(task.function.fn(x, *task.function.args), zero, zero, zero.long(), zero == 0)
-    cut = plan(task.function, x, how.memory, columns if how.method == "exact" else how.num_matvecs)
     method = how.method
     if method != "exact" and how.num_matvecs > columns:
         method = _say_exact(how.num_matvecs, columns)
+    products = columns if method == "exact" else how.num_matvecs
+    cut = plan(task.function, x, how.memory, products, _kept_bytes(how, method, x))
     if method != "exact" and how.has_tolerance:
         found = _until_tolerance(task, how, cut, columns)
     else:
@@ -63,6 +66,15 @@ def estimate(task: Task, how: DivergenceMethod) -> Estimate:
     if how.distribution == "normal" and method == "hutchinson" and task.identity is None:
         _warn_of_identity(found, columns)
     return found
+
+
+def _kept_bytes(how: DivergenceMethod, method: str, x: Tensor) -> int:
+    """What an estimator keeps of each row between calls: vectors, or a basis of them, as many as it has products."""
+    columns = x.shape[1:].numel()
+    if method in ("hutchpp", "xtrace"):
+        return 2 * how.num_matvecs * columns * x.element_size()
+    orthogonal = method == "hutchinson" and how.distribution == "orthogonal"
+    return min(how.num_matvecs, columns) * columns * BYTES_OF_DOUBLE if orthogonal else 0
 
 
 def _all_rows(
@@ -75,8 +87,10 @@ def _all_rows(
     batch = task.x.shape[0]
     if rows is None:
         rows = torch.arange(batch, device=task.x.device)
-    values, divs, errors, products = [], [], [], 0
-    for index, valid in blocks(rows, rows.shape[0] if cut.together else cut.rows):
+    div, std_err = (torch.empty(len(rows), dtype=torch.float64, device=rows.device) for _ in range(2))
+    values: Tensor | None = None
+    begin, products = 0, 0
+    for index, valid in blocks(rows, len(rows) if cut.together else cut.rows):
         block = JacobianProducts(
             task.function.rows(index, batch),
             task.x[index],
@@ -84,15 +98,20 @@ def _all_rows(
             cut.tangents,
             None if task.identity is None else task.identity[index],
             offset,
+            valid,
         )
         trace = _trace(block, how, method, count)
         assert block.value is not None
+        if values is None:  # one piece of memory: parts of it between the memory of calls would scatter that
+            values = block.value.new_empty((len(rows), *task.x.shape[1:]))
         unknown = ~(block.value.reshape(len(index), -1).isfinite().all(1) & trace.div.isfinite())
-        values.append(block.value[:valid])
-        divs.append(trace.div.masked_fill(unknown, math.nan)[:valid])
-        errors.append(trace.std_err.masked_fill(unknown, math.nan)[:valid])
-        products = trace.products
-    return torch.cat(values), (torch.cat(divs), torch.cat(errors)), products
+        here = slice(begin, begin + valid)
+        values[here] = block.value[:valid]
+        div[here] = trace.div.masked_fill(unknown, math.nan)[:valid]
+        std_err[here] = trace.std_err.masked_fill(unknown, math.nan)[:valid]
+        begin, products = begin + valid, trace.products
+    assert values is not None
+    return values, (div, std_err), products
 
 
 def _trace(products: JacobianProducts, how: DivergenceMethod, method: str, count: int) -> Trace:
