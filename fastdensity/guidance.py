@@ -60,12 +60,13 @@ class Guidance(ABC):
     """Base of all guidance. `active` decides for a whole step, by where it begins.
 
     `stochastic`: it adds noise. `divergence_free`: where it acts, log p follows without any divergence. `track`: what
-    its steps do to log p is measured and fed back.
+    its steps do to log p is measured and fed back. `steers_by_divergence`: its push asks for second derivatives.
     """
 
     stochastic = False
     divergence_free = False
     track = False
+    steers_by_divergence = True
 
     @abstractmethod
     def active(self, lam: float) -> bool:
@@ -114,6 +115,7 @@ class DensityGuidance(Guidance):
             raise TypeError(f"track must be True or False, got {describe(track)}")
         self.track = track
         self.q, self.b = _check_target(q, b)
+        self.steers_by_divergence = self.stochastic or b is not None
         self.interval = _check_interval(interval)
 
     def active(self, lam: float) -> bool:
@@ -190,6 +192,8 @@ class HighDensity(Guidance):
         TypeError, ValueError: start is no number, or NaN.
     """
 
+    steers_by_divergence = False
+
     def __init__(self, start: float) -> None:
         self.start = _check_real("start", start)
 
@@ -222,6 +226,7 @@ class ReverseDiffusion(Guidance):
 
     stochastic = True
     divergence_free = True
+    steers_by_divergence = False
 
     def __init__(self, interval: tuple[float, float] | None = None) -> None:
         self.interval = _check_interval(interval)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -159,3 +160,50 @@ def test_probes_that_steer_never_measure() -> None:
     ratio = (gained[1] / result.std_err).square().mean().sqrt()
     assert float(gained[1].abs().min()) > 1e-6
     assert 1.0 < float(ratio) < 2.0  # root 2: steering and measuring err alike, and independently
+
+
+# -- ids of probes ----------------------------------------------------------------------------------------------------
+REPEATED = torch.tensor([0, 0, 1])
+DRAWS: dict[str, Callable[[Any, Tensor, Tensor], object]] = {
+    "sample": lambda flow, x, ids: fd.sample(flow, x, [-1.0, 1.0], log_prob=True, sample_ids=ids),
+    "log_prob": lambda flow, x, ids: fd.log_prob(flow, x, [-1.0, 1.0], sample_ids=ids),
+    "score_alignment": lambda flow, x, ids: fd.score_alignment(flow, x, [-1.0, 1.0], use_score=False, sample_ids=ids),
+    "b": lambda flow, x, ids: fd.sample(
+        flow, x, [-1.0, 1.0], guidance=fd.DensityGuidance(b=lambda x, lam: -1.0), sample_ids=ids
+    ),
+    "noise": lambda flow, x, ids: fd.sample(
+        flow, x, [-1.0, 1.0], guidance=fd.StochasticDensityGuidance(0.5, lambda lam: 0.3), sample_ids=ids
+    ),
+    "flow after diffusion": lambda flow, x, ids: fd.sample(
+        flow, x, [-1.0, 0.0, 1.0], guidance=fd.ReverseDiffusion((-1.0, 0.0)), log_prob=True, sample_ids=ids
+    ),
+}
+DRAWS_NONE: dict[str, Callable[[Any, Tensor, Tensor], object]] = {
+    "plain": lambda flow, x, ids: fd.sample(flow, x, [-1.0, 1.0], sample_ids=ids),
+    "exact": lambda flow, x, ids: fd.log_prob(flow, x, [-1.0, 1.0], divergence="exact", sample_ids=ids),
+    "q": lambda flow, x, ids: fd.sample(flow, x, [-1.0, 1.0], guidance=fd.DensityGuidance(0.4), sample_ids=ids),
+    "diffusion": lambda flow, x, ids: fd.sample(
+        flow, x, [-1.0, 1.0], guidance=fd.ReverseDiffusion(), log_prob=True, sample_ids=ids
+    ),
+    "high density": lambda flow, x, ids: fd.sample(flow, x, [-1.0, 1.0], guidance=fd.HighDensity(0.0), sample_ids=ids),
+    "with the score": lambda flow, x, ids: fd.score_alignment(flow, x, [-1.0, 1.0], sample_ids=ids),
+}
+
+
+@pytest.mark.parametrize("case", DRAWS)
+def test_repeated_ids_are_refused_where_probes_are_drawn(case: str) -> None:
+    """Equal ids once gave equal probes, and errors that did not average out over the samples."""
+    exact = mixture()
+    flow = fd.Flow(lambda x, lam: exact.prediction(x, lam), exact.schedule)
+    with pytest.raises(ValueError, match=r"sample_ids must be distinct, got 1 repeated \(they count modulo 2\^32\)"):
+        DRAWS[case](flow, normals(3, 5), REPEATED)
+    DRAWS[case](flow, normals(3, 5), torch.tensor([0, 2, 1]))
+    DRAWS[case](exact, normals(3, 5), REPEATED)  # which knows its second derivatives
+
+
+@pytest.mark.parametrize("case", DRAWS_NONE)
+def test_repeated_ids_are_taken_where_no_probe_is_drawn(case: str) -> None:
+    """For the same noise in several rows, say."""
+    exact = mixture()
+    flow = fd.Flow(lambda x, lam: exact.prediction(x, lam), exact.schedule)
+    DRAWS_NONE[case](flow, normals(3, 5), REPEATED)
