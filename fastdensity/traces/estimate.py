@@ -54,7 +54,7 @@ def estimate(task: Task, how: DivergenceMethod) -> Estimate:
         zero = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         return Estimate(task.function.fn(x, *task.function.args), zero, zero, zero.long(), zero == 0)
     method = how.method
-    if method != "exact" and how.num_matvecs > columns:
+    if method != "exact" and not 0 < how.num_matvecs <= columns:
         method = _say_exact(how.num_matvecs, columns)
     products = columns if method == "exact" else how.num_matvecs
     cut = plan(task.function, x, how.memory, products, _kept_bytes(how, method, x))
@@ -199,19 +199,22 @@ def _method(how: DivergenceMethod, used: int, size: int, columns: int) -> str:
 
 
 def _say_exact(num_matvecs: int, columns: int) -> str:
-    warnings.warn(
-        f"num_matvecs={num_matvecs} is above the {columns} elements of a sample: the divergence is computed exactly",
-        stacklevel=4,
-    )
+    reason = f"is above the {columns} elements of a sample" if num_matvecs else "leaves nothing to estimate from"
+    warnings.warn(f"num_matvecs={num_matvecs} {reason}: the divergence is computed exactly", stacklevel=4)
     return "exact"
 
 
 def _warn_of_identity(found: Estimate, columns: int) -> None:
-    """Normal probes estimate an identity part a with variance 2 n a^2 / k: say so where that is most of the error."""
-    part = found.div / columns
-    variance = 2.0 * columns * part**2 / found.num_matvecs
+    """Normal probes estimate an identity part a with variance 2 n a^2 / k: say so where that is most of the error.
+
+    Not those of hutchpp, whose control variate knows it.
+    """
+    known = found.div.isfinite()
+    part = found.div[known] / columns
+    variance = 2.0 * columns * part**2 / found.num_matvecs[known]
     # one probe shows no error to compare with: then any identity part is named
-    if bool((variance.median() > 0.5 * found.std_err.square().nan_to_num(0.0).median()).item()):
+    shown = found.std_err[known].square().nan_to_num(0.0)
+    if bool(known.any()) and bool((variance.median() > 0.5 * shown.median()).item()):
         warnings.warn(
             f"distribution='normal' on a fn with an identity part of about {float(part.median()):.3g}: the probes "
             "estimate it with variance 2 n a^2 / k. Rademacher, sphere and orthogonal probes know it exactly; take one "
