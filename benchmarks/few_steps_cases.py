@@ -177,7 +177,9 @@ class OnPath(nn.Module):
     def forward(self, x: Tensor, lam: Tensor) -> Tensor:
         """The predicted noise (B, *) at x (B, *), lam (B,)."""
         own = self.flow.schedule
-        alpha, sigma, given = (part(lam).to(x.dtype) for part in (own.alpha, own.sigma, self.schedule.alpha))
+        alpha, sigma, given = (
+            torch.as_tensor(part(lam)).to(x.dtype) for part in (own.alpha, own.sigma, self.schedule.alpha)
+        )
         at_home = x * (alpha / given)[:, None, None, None]
         return to_epsilon(self.model(at_home, lam), at_home, alpha, sigma, self.flow.prediction_type)
 
