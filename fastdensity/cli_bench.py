@@ -25,10 +25,10 @@ from fastdensity.experiment import write_whole
 from fastdensity.traces.options import DISTRIBUTIONS, METHODS, MOST_MATVECS
 
 DISTRIBUTION_HELP = f"Probes of hutchinson and hutchpp, of {', '.join(DISTRIBUTIONS)}."
-MODEL_HELP = "package.module:factory; factory() returns fn(x), or (fn, x) with states (B, *), from any weights."
+MODEL_HELP = "package.module:factory, which returns fn(x), or (fn, x) with states (B, *), of any weights."
 CHECKPOINT_HELP = (
-    "With --model: a file of yours, handed to factory(path). Without: weights of this package's digits network only, as "
-    "examples/train_digits.py writes them."
+    "With --model: a file of yours, handed to factory(path). Without: weights of this package's digits network only, "
+    "as examples/train_digits.py writes them."
 )
 REFERENCES = ("auto", "exact", "long")
 MOST_SAMPLES, MOST_TRIALS, MOST_ROUNDS = 65_536, 100_000, 1_000

@@ -214,7 +214,8 @@ class ReverseDiffusion(Guidance):
     """The original reverse diffusion, dx = (f x + sigma^2 s) dlam + sigma dW with f = d ln alpha/dlam.
 
     Its log p needs no divergence: d log p = (-f D + (sigma^2/2) ||s||^2) dlam + sigma s.dW ([HD] theorem 1), as the
-    Laplacian that Ito's formula adds is the one that the divergence of the flow takes away.
+    Laplacian that Ito's formula adds is the one that the divergence of the flow takes away. solver="euler" takes
+    Euler's steps in lam, solver="ddim" those of DDPM, whose log p is the less biased (docs/log-density.md).
 
     Args:
         interval: (lam_lo, lam_hi); a step is the diffusion's if it begins at lam_lo <= lam < lam_hi, else the flow's,

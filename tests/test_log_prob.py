@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,8 +53,37 @@ def test_reverse_diffusion_arrives_at_the_data() -> None:
         assert float((x.var(0) / exact.var(0) - 1).abs().max()) < 0.15
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ancestral_steps_by_hand(name: str) -> None:
+    """ddim takes the steps of DDPM: the mean and the variance of x' given x and the predicted x0."""
+    flow, noise = mixture(SCHEDULES[name]), normals(1, 4, 5, seed=1)
+    (alpha, sigma), (alpha_next, sigma_next) = (
+        (float(flow.schedule.alpha(lam)), float(flow.schedule.sigma(lam))) for lam in (0.5, 0.75)
+    )
+    x = flow.sample(4, 0.5, seed=2)
+    eps = -sigma * flow.score(x, 0.5)
+    kept = (sigma_next / alpha_next) ** 2 / (sigma / alpha) ** 2  # of the variance of x / alpha
+    mean = alpha_next * (x - sigma * eps) / alpha + sigma_next * kept**0.5 * eps
+    wanted = mean + sigma_next * (1 - kept) ** 0.5 * noise[0]
+    result = fd.sample(flow, x, [0.5, 0.75], "ddim", fd.ReverseDiffusion(), log_prob=True, noise=noise)
+    torch.testing.assert_close(result.x, wanted, rtol=1e-12, atol=1e-12)
+    gained = 0.125 * eps.square().sum(1) - 0.25**0.5 * (eps * noise[0]).sum(1) - 5 * math.log(alpha_next / alpha)
+    torch.testing.assert_close(result.log_prob, log_normal_density(x, sigma) + gained, rtol=1e-12, atol=1e-12)
+
+
+def test_ancestral_steps_are_the_same_on_every_path() -> None:
+    """Euler's noise beside DDIM's drift was too large where alpha is constant: 0.75 nats of bias on VE, 0.14 on VP."""
+    gains = []
+    for name in ("VP", "VE", "RectifiedFlow"):
+        flow = mixture(SCHEDULES[name], shape=(24,))
+        latents = flow.sample(400, FIRST, seed=2)
+        gains.append(slips(flow, latents, 400, solver="ddim", guidance=fd.ReverseDiffusion(), seed=3))
+        torch.testing.assert_close(gains[-1], gains[0], rtol=0, atol=1e-8)
+    assert abs(float(gains[0].mean())) < 0.2
+
+
 def test_reverse_diffusion_by_hand() -> None:
-    """One step of either solver, drift, noise from the kernel's stream, and log p, against the formulas."""
+    """One step of Euler's, drift, noise from the kernel's stream, and log p, against the formulas."""
     flow = mixture(shape=(2, 3))
     latents, ids, step = flow.sample(4, 0.0, seed=2), torch.tensor([7, 3, 9, 11]), 0.25
     noise = philox_normals(5, ids, 0, 6).reshape(4, 2, 3)
