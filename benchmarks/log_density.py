@@ -1,30 +1,33 @@
 """How accurate log p is: tracked and encoded log p against a mixture's own. `python -m benchmarks.log_density`.
 
 Numbers, not times: docs/log-density.md quotes them. The mixture has 3 components, in 24 dimensions unless said
-otherwise, on the VP path from log-SNR -3 to 4; the density at -3 is the mixture's own, not a normal's.
+otherwise, on the VP path from log-SNR -3 to 4 (the reverse diffusion on VE, too); the density at -3 is the mixture's
+own, not a normal's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastdensity as fd
+from fastdensity.guidance import Guidance
+from fastdensity.schedules import Schedule
 from fastdensity.trajectory import log_normal_density
 
 FIRST, LAST = -3.0, 4.0
 ROWS = 1000
 
 
-def mixture(dimension: int) -> fd.GaussianMixture:
+def mixture(dimension: int, schedule: Schedule | None = None) -> fd.GaussianMixture:
     generator = torch.Generator().manual_seed(1)
     return fd.GaussianMixture(
         torch.rand(3, generator=generator, dtype=torch.float64) + 0.5,
         torch.randn(3, dimension, generator=generator, dtype=torch.float64),
         torch.rand(3, dimension, generator=generator, dtype=torch.float64) / 2 + 0.1,
+        fd.VP() if schedule is None else schedule,
     )
 
 
@@ -63,22 +66,25 @@ def deterministic() -> None:
 
 
 def stochastic() -> None:
-    print(f"SDE: tracked - true log p of {ROWS} samples, nats: mean, standard error of the mean, rms; euler")
-    cases: dict[str, Callable[[], Any]] = {
-        "reverse diffusion": fd.ReverseDiffusion,
-        "b = -1, phi_rel 0.5": lambda: fd.StochasticDensityGuidance(
-            b=lambda x, lam: -1.0, noise=lambda lam: 0.5, track=False
-        ),
-    }
-    for name, make in cases.items():
-        for dimension in (5, 24):
-            flow = mixture(dimension)
-            latents = flow.sample(ROWS, FIRST, seed=2)
-            for steps in (100, 400, 1600, 6400) if name == "reverse diffusion" else (100, 400, 1600):
-                error, _ = slip(flow, latents, grid(steps), guidance=make(), seed=3)
-                mean, bar = float(error.mean()), float(error.std()) / ROWS**0.5
-                rms = float(error.square().mean().sqrt())
-                print(f"  {name:20s} D = {dimension:2d} {steps:5d} steps  {mean:8.4f} ± {bar:.4f}  rms {rms:.3f}")
+    print(f"SDE: tracked - true log p of {ROWS} samples, nats: mean, standard error of the mean, rms")
+    noisy = fd.StochasticDensityGuidance(b=lambda x, lam: -1.0, noise=lambda lam: 0.5, track=False)
+    diffusion, steps = fd.ReverseDiffusion(), (100, 400, 1600, 6400)
+    for dimension in (5, 24):
+        _slips_of_noise("reverse diffusion", mixture(dimension), "euler", diffusion, steps)
+        _slips_of_noise("reverse diffusion, VE", mixture(dimension, fd.VE()), "euler", diffusion, steps)
+        _slips_of_noise("reverse diffusion, VE", mixture(dimension, fd.VE()), "ddim", diffusion, steps)
+        _slips_of_noise("b = -1, phi_rel 0.5", mixture(dimension), "euler", noisy, steps[:3])
+
+
+def _slips_of_noise(
+    name: str, flow: fd.GaussianMixture, solver: str, guidance: Guidance, numbers: tuple[int, ...]
+) -> None:
+    latents = flow.sample(ROWS, FIRST, seed=2)
+    for steps in numbers:
+        error, _ = slip(flow, latents, grid(steps), solver=solver, guidance=guidance, seed=3)
+        mean, bar = float(error.mean()), float(error.std()) / ROWS**0.5
+        where = f"{name:22s} {solver:5s} D = {latents.shape[1]:2d} {steps:5d} steps"
+        print(f"  {where}  {mean:8.4f} ± {bar:.4f}  rms {float(error.square().mean().sqrt()):.3f}", flush=True)
 
 
 def probes() -> None:

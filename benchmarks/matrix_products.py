@@ -26,6 +26,7 @@ class MatrixProducts:
         shape: tuple[int, ...] | None = None,
         seed: int = 0,
         sample_ids: Tensor | None = None,
+        tangents: int = 1 << 20,
     ) -> None:
         self.matrices = matrices
         self.columns = matrices.shape[-1]
@@ -34,6 +35,7 @@ class MatrixProducts:
         self.shape = shape if shape is not None else (self.columns,)
         self.seed = seed
         self.sample_ids = torch.arange(self.rows) if sample_ids is None else sample_ids
+        self.tangents = tangents
         self.taken = 0
 
     def traces(self) -> Tensor:

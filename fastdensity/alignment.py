@@ -80,7 +80,7 @@ def align(
         raise TypeError(f"use_score must be True or False, got {describe(use_score)}")
     if use_score and divergence is not None:
         raise ValueError("divergence is for use_score=False: with the score none is needed")
-    problem = make_problem(flow, latents, divergence, seed, sample_ids, False)
+    problem = make_problem(flow, latents, divergence, seed, sample_ids, False, not use_score)
     with torch.no_grad():
         x = latents.detach()
         change = _score(problem, x, levels[0])

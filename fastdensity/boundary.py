@@ -108,6 +108,14 @@ def check_sample_ids(sample_ids: Any, state: Tensor) -> Tensor:
     return sample_ids.to(torch.int64).contiguous()
 
 
+def check_distinct(sample_ids: Tensor) -> Tensor:
+    """The ids of probes: equal ones, modulo 2^32, would get equal probes, whose errors do not average out."""
+    repeated = sample_ids.shape[0] - (sample_ids & 0xFFFFFFFF).unique().shape[0]
+    if repeated:
+        raise ValueError(f"sample_ids must be distinct, got {repeated} repeated (they count modulo 2^32)")
+    return sample_ids
+
+
 def check_integer(name: str, value: Any, lowest: int, highest: int) -> int:
     """An integer in [lowest, highest], Python's or NumPy's."""
     if isinstance(value, bool) or not isinstance(value, Integral):

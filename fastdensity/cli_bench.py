@@ -25,6 +25,11 @@ from fastdensity.experiment import write_whole
 from fastdensity.traces.options import DISTRIBUTIONS, METHODS, MOST_MATVECS
 
 DISTRIBUTION_HELP = f"Probes of hutchinson and hutchpp, of {', '.join(DISTRIBUTIONS)}."
+MODEL_HELP = "package.module:factory, which returns fn(x), or (fn, x) with states (B, *), of any weights."
+CHECKPOINT_HELP = (
+    "With --model: a file of yours, handed to factory(path). Without: weights of this package's digits network only, "
+    "as examples/train_digits.py writes them."
+)
 REFERENCES = ("auto", "exact", "long")
 MOST_SAMPLES, MOST_TRIALS, MOST_ROUNDS = 65_536, 100_000, 1_000
 
@@ -50,12 +55,8 @@ class Found:
 
 @app.command()
 def divergence(
-    model: Annotated[
-        str | None, typer.Option(help="package.module:factory; factory() returns fn(x), or (fn, x) with states (B, *).")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of examples/train_digits.py instead of the embedded ones.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help=CHECKPOINT_HELP)] = None,
     lam: Annotated[
         list[str] | None, typer.Option(help="Log-SNR of the digits' states, comma separated or repeated; default 0.")
     ] = None,
@@ -185,10 +186,10 @@ def _subjects(
             raise ValueError("--shape belongs to --model")
         numbers = _numbers("--lam", lam or ["0"])
         return [digits_subject(number, samples, seed, device, checkpoint) for number in numbers]
-    if checkpoint is not None or lam is not None:
-        raise ValueError("--checkpoint and --lam belong to the digits: give them, or --model")
+    if lam is not None:
+        raise ValueError("--lam belongs to the digits: give it, or --model")
     sizes = None if shape is None else tuple(_counts([shape], "--shape", distinct=False))
-    return [factory_subject(model, samples, seed, sizes, device)]
+    return [factory_subject(model, samples, seed, sizes, device, checkpoint)]
 
 
 def _parts(texts: Sequence[str]) -> list[str]:

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdensity.boundary import check_integer, check_number, check_sample_ids, check_state
-from fastdensity.reference.philox import MASK
+from fastdensity.boundary import check_distinct, check_integer, check_number, check_sample_ids, check_state
 from fastdensity.traces.estimate import Estimate, Task, estimate
 from fastdensity.traces.function import Function
 from fastdensity.traces.key import ProbeKey
@@ -34,7 +33,8 @@ class DivergenceEstimate:
     Attributes:
         value: (B, *) fn(x), in fn's dtype.
         div: (B,) the divergence, float64; NaN where fn's result or its derivatives are not finite.
-        std_err: (B,) standard error of div: 0 where it is exact, NaN where the method shows no spread (one probe).
+        std_err: (B,) standard error of div: 0 where it is exact, NaN where the method shows no spread (one probe) or
+            div is NaN.
         num_matvecs: (B,) int64, products with the Jacobian that the sample took.
         converged: (B,) bool, False where a wanted tolerance was not met, or div is not finite.
     """
@@ -75,7 +75,7 @@ def divergence(
         method: "exact", one product per element; "hutchinson", the mean of z.(J z) over probes z (Hutchinson 1990);
             "hutchpp" (Meyer et al. 2021), "xtrace" (Epperly et al. 2024), for Jacobians whose spectrum decays;
             "colour", probes on pixels far apart (after Tang and Saad 2012), for local networks on images (C, H, W).
-        num_matvecs: products per sample; above the number of elements the result is exact, with a warning.
+        num_matvecs: products per sample; 0, or above the number of elements, the result is exact, with a warning.
         distribution: "rademacher", "normal", "sphere", "orthogonal" or "hadamard"; of hutchinson and hutchpp.
         seed, sample_ids, step: the key of the probes; sample_ids int64 (B,), default 0 .. B-1, distinct
             modulo 2^32.
@@ -87,6 +87,8 @@ def divergence(
         identity: fn(x) = identity x + rest(x), a number or (B,): only the rest is estimated. It matters to normal
             probes, hutchpp and xtrace; the other probes know a multiple of the identity exactly.
         memory: bytes that intermediate results of one call of the network may take, roughly; default 256 MiB on CPU.
+            There a call with one tangent takes up to 4 MiB, or what a single row does, whatever is given: no row's
+            bits depend on it. A batch in one piece takes at least one tangent of all rows.
         forward: "dual" (`fd.jvp`), or "torch" (torch.func.jvp) for a fn that fd.jvp cannot trace.
 
     Returns:
@@ -101,7 +103,7 @@ def divergence(
     how = DivergenceMethod(
         method, num_matvecs, distribution, None, abstol, reltol, max_matvecs, num_colours, resphere, memory, forward
     )
-    ids = _distinct(check_sample_ids(sample_ids, x))
+    ids = check_distinct(check_sample_ids(sample_ids, x))
     key = ProbeKey(check_integer("seed", seed, 0, 2**63 - 1), ids, check_integer("step", step, 0, 2**63 - 1))
     with torch.no_grad():
         found = estimate(Task(Function(fn, args, forward), x.detach(), key, _identity(identity, x)), how)
@@ -127,14 +129,6 @@ def _identity(identity: Any, x: Tensor) -> Tensor | None:
     if not isinstance(number, Tensor):
         return None if number == 0.0 else torch.full((x.shape[0],), number, dtype=torch.float64, device=x.device)
     return number.to(torch.float64).expand(x.shape[0])
-
-
-def _distinct(ids: Tensor) -> Tensor:
-    """Equal ids, modulo 2^32, would get equal probes, whose errors do not average out over the samples."""
-    repeated = ids.shape[0] - (ids & MASK).unique().shape[0]
-    if repeated:
-        raise ValueError(f"sample_ids must be distinct, got {repeated} repeated (they count modulo 2^32)")
-    return ids
 
 
 def _report(found: Estimate, how: DivergenceMethod) -> DivergenceEstimate:

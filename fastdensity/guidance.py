@@ -60,12 +60,13 @@ class Guidance(ABC):
     """Base of all guidance. `active` decides for a whole step, by where it begins.
 
     `stochastic`: it adds noise. `divergence_free`: where it acts, log p follows without any divergence. `track`: what
-    its steps do to log p is measured and fed back.
+    its steps do to log p is measured and fed back. `steers_by_divergence`: its push asks for second derivatives.
     """
 
     stochastic = False
     divergence_free = False
     track = False
+    steers_by_divergence = True
 
     @abstractmethod
     def active(self, lam: float) -> bool:
@@ -114,6 +115,7 @@ class DensityGuidance(Guidance):
             raise TypeError(f"track must be True or False, got {describe(track)}")
         self.track = track
         self.q, self.b = _check_target(q, b)
+        self.steers_by_divergence = (self.stochastic and not track) or b is not None
         self.interval = check_interval(interval)
 
     def active(self, lam: float) -> bool:
@@ -192,6 +194,8 @@ class HighDensity(Guidance):
         TypeError, ValueError: start is no number, or NaN.
     """
 
+    steers_by_divergence = False
+
     def __init__(self, start: float) -> None:
         self.start = _check_real("start", start)
 
@@ -212,7 +216,8 @@ class ReverseDiffusion(Guidance):
     """The original reverse diffusion, dx = (f x + sigma^2 s) dlam + sigma dW with f = d ln alpha/dlam.
 
     Its log p needs no divergence: d log p = (-f D + (sigma^2/2) ||s||^2) dlam + sigma s.dW ([HD] theorem 1), as the
-    Laplacian that Ito's formula adds is the one that the divergence of the flow takes away.
+    Laplacian that Ito's formula adds is the one that the divergence of the flow takes away. solver="euler" takes
+    Euler's steps in lam, solver="ddim" those of DDPM, whose log p is the less biased (docs/log-density.md).
 
     Args:
         interval: (lam_lo, lam_hi); a step is the diffusion's if it begins at lam_lo <= lam < lam_hi, else the flow's,
@@ -224,6 +229,7 @@ class ReverseDiffusion(Guidance):
 
     stochastic = True
     divergence_free = True
+    steers_by_divergence = False
 
     def __init__(self, interval: tuple[float, float] | None = None) -> None:
         self.interval = check_interval(interval)

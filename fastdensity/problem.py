@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdensity import adaptive, rules
-from fastdensity.boundary import check_integer, check_sample_ids, check_state, describe
+from fastdensity.boundary import check_distinct, check_integer, check_sample_ids, check_state, describe
 from fastdensity.conversions import check_prediction_type
 from fastdensity.evaluation import Problem
 from fastdensity.flow import check_schedule, check_sigma_data
@@ -49,18 +49,36 @@ def choose_solver(solver: Any, rtol: Any, atol: Any) -> Solver:
     return partial(adaptive.dopri5, rtol=relative, atol=absolute)
 
 
-def make_problem(flow: Any, x: Tensor, divergence: Any, seed: Any, sample_ids: Any, tracks: bool) -> Problem:
-    """What stays the same over a run; TypeError or ValueError on what the flow or the caller gave for it."""
+def make_problem(
+    flow: Any, x: Tensor, divergence: Any, seed: Any, sample_ids: Any, tracks: bool, diverges: bool
+) -> Problem:
+    """What stays the same over a run; TypeError or ValueError on what the flow or the caller gave for it.
+
+    diverges: divergences are taken. Unless they are exact probes are drawn, and sample_ids must be distinct.
+    """
+    method = DivergenceMethod.parse(divergence, "exact" if hasattr(flow, "laplacian") else "hutchinson")
+    ids = check_sample_ids(sample_ids, x)
+    if diverges and method.method != "exact":
+        check_distinct(ids)
     return Problem(
         flow,
         kind=check_prediction_type(flow.prediction_type),
         sigma_data=check_sigma_data(flow.sigma_data, flow.schedule),
         dimension=x.shape[1:].numel(),
-        method=DivergenceMethod.parse(divergence, "exact" if hasattr(flow, "laplacian") else "hutchinson"),
+        method=method,
         seed=check_integer("seed", seed, 0, 2**63 - 1),
-        sample_ids=check_sample_ids(sample_ids, x),
+        sample_ids=ids,
         tracks=tracks,
     )
+
+
+def takes_divergences(guidance: Guidance | None, levels: list[float], tracks: bool) -> bool:
+    """Does a walk along the grid need a divergence anywhere, to steer or to follow log p?"""
+    if guidance is None:
+        return tracks
+    guided = [guidance.active(lam) for lam in levels[:-1]]
+    follows = tracks and not (guidance.divergence_free and all(guided))
+    return follows or (guidance.steers_by_divergence and any(guided))
 
 
 def non_finite(x: Tensor) -> Tensor:

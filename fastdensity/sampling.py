@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fastdensity.boundary import describe
 from fastdensity.guidance import Guidance
-from fastdensity.problem import check_flow_problem, check_guidance, choose_solver, make_problem, non_finite
+from fastdensity.problem import (
+    check_flow_problem,
+    check_guidance,
+    choose_solver,
+    make_problem,
+    non_finite,
+    takes_divergences,
+)
 from fastdensity.trajectory import Callback, Trajectory, log_normal_density
 
 
@@ -92,7 +99,8 @@ def sample(
             `num_matvecs` (probes) and `seed`. Default: exact for flows that know their own, one probe for networks.
             Probes that steer (b, noise) are never those that measure log p.
         noise: (N, B, *) standard normals for stochastic guidance; by default made in the kernel from `seed`.
-        seed: of noise and probes. sample_ids: int64 (B,), their key beside it, default 0 .. B-1.
+        seed: of noise and probes. sample_ids: int64 (B,), their key beside it, default 0 .. B-1; distinct modulo 2^32
+            where probes are drawn, while equal ones may share their noise.
         progress: True shows a bar (needs tqdm). callback: called as callback(index, lam, x) after each step, with
             lam = grid[index + 1] and x (B, *) the state there; itself, no copy, not to be written.
 
@@ -112,7 +120,8 @@ def sample(
             raise TypeError(f"{name} must be True or False, got {describe(value)}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable as callback(index, lam, x), got {describe(callback)}")
-    problem = make_problem(flow, latents, divergence, seed, sample_ids, bool(log_prob))
+    diverges = takes_divergences(guidance, levels, bool(log_prob))
+    problem = make_problem(flow, latents, divergence, seed, sample_ids, bool(log_prob), diverges)
     with torch.no_grad(), _progress_bar(len(levels) - 1, callback, bool(progress)) as report:
         run = Trajectory(problem, levels, guidance, noise, report)
         x = solve(run, latents.detach())
@@ -152,7 +161,7 @@ def log_prob(
     """
     levels = check_flow_problem(flow, "x", x, grid)
     solve = choose_solver(solver, rtol, atol)
-    problem = make_problem(flow, x, divergence, 0, sample_ids, True)
+    problem = make_problem(flow, x, divergence, 0, sample_ids, True, True)
     with torch.no_grad():
         run = Trajectory(problem, levels[::-1])
         latents = solve(run, x.detach())

@@ -30,10 +30,14 @@ def euler(run: Trajectory, x: Tensor) -> Tensor:
 
 
 def ddim(run: Trajectory, x: Tensor) -> Tensor:
-    """DDIM (Song et al. 2021), Euler's method in kappa for x / alpha: first order. log p by the left-hand rule."""
+    """DDIM (Song et al. 2021), Euler's method in kappa for x / alpha: first order. log p by the left-hand rule.
+
+    The reverse diffusion's steps are those of the same paper with eta = 1, DDPM's.
+    """
     for step in run.steps():
         point = run.evaluate(x, step.lam, step)
-        x = run.advance(point, step, *run.path(step.lam_next))
+        whole = not point.push.projected
+        x = run.ancestral(point, step) if whole else run.advance(point, step, *run.path(step.lam_next))
         run.finish(step, x)
     return x
 

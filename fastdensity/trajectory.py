@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -86,7 +87,28 @@ class Trajectory:
         self._stretch(point, step, numbers)
         if point.push.projected:
             return self._move(point, step, alpha_next, sigma_next, scale, numbers)
-        moved = self._move(point, step, alpha_next, sigma_next, 0.0, numbers)
+        return self._add_noise(point, step, self._move(point, step, alpha_next, sigma_next, 0.0, numbers), scale)
+
+    def ancestral(self, point: Evaluation, step: Step) -> Tensor:
+        """The step of a diffusion with whole noise if x0 stays as it is predicted: DDIM's at eta = 1, which is DDPM's.
+
+        Song et al. 2021, eq. 12 and 16; here on any path. DDIM's drift is exact in kappa, and Euler's noise,
+        sigma sqrt(dlam), does not belong to it: where alpha is constant its standard deviation is too large by a
+        quarter of dlam, and log p had six to ten times this step's bias.
+        """
+        alpha_next, sigma_next = self.path(step.lam_next)
+        ratio = math.exp(-step.size / 2)  # kappa' / kappa
+        scale = point.push.relative_noise * (sigma_next * math.sqrt(-math.expm1(-step.size)))
+        point.push = replace(point.push, gain=point.push.gain * ratio)
+        moved = self._move(point, step, alpha_next, sigma_next, 0.0, None)
+        if (
+            self.problem.tracks
+        ):  # the path's stretching, whose rate counts in that of log p, is known for the whole step
+            stretch = math.log(alpha_next / float(point.alpha))
+            self.log_change += self.problem.dimension * (step.size * float(point.dlog_alpha) - stretch)
+        return self._add_noise(point, step, moved, scale)
+
+    def _add_noise(self, point: Evaluation, step: Step, moved: Tensor, scale: float | Tensor) -> Tensor:
         noise = self._draw_noise(point.x, step)
         if self.problem.tracks:
             self.log_change -= math.sqrt(step.size) * row_dot(point.epsilon(), noise)

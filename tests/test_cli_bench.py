@@ -43,6 +43,12 @@ def words(): return f, "states"
 def broken(): raise OSError("no weights here")
 def coupled(): return (lambda x: x - x.mean(0)), torch.ones(4, 3)
 def tall(): return (lambda x: torch.cat([x, x], 1)), torch.ones(4, 3)
+def loaded(path): return torch.nn.Linear(6, 6, bias=False).requires_grad_(False), torch.load(path)
+class Network(torch.nn.Linear):
+    def forward(self, x, t): return super().forward(x) * t[:, None]
+def documented(path="weights.pt"):
+    model = Network(6, 6).eval(); model.load_state_dict(torch.load(path))
+    return (lambda x: model(x, torch.full((len(x),), 0.5))), torch.ones(3, 6)
 constant = 5
 """
 
@@ -100,6 +106,24 @@ def test_a_factory_of_the_user(factories: str, tmp_path: Path) -> None:
     assert not list(out.glob("*.png"))
 
 
+@pytest.mark.parametrize("name", ["loaded", "documented"])
+def test_a_checkpoint_of_the_user_goes_to_the_factory(factories: str, name: str, tmp_path: Path) -> None:
+    weights = {"weight": torch.diag(torch.arange(6.0)), "bias": torch.zeros(6)}
+    where = tmp_path / "mine.pt"
+    torch.save(torch.ones(3, 6) if name == "loaded" else weights, where)
+    options = ("--methods", "exact", "--matvecs", "2", "--trials", "1", "--rounds", "0")
+    found = bench(tmp_path / "out", "--model", f"{factories}:{name}", "--checkpoint", str(where), *options)
+    assert (found["settings"]["checkpoint"], found["settings"]["samples"]) == (str(where), 3)
+    if name == "documented":
+        assert found["results"][0]["reference"]["rms"] == pytest.approx(7.5)
+
+
+def test_the_help_says_whose_checkpoints_it_takes() -> None:
+    said = " ".join(RUN.invoke(cli.app, ["bench", "divergence", "--help"], env={"COLUMNS": "400"}).output.split())
+    assert "handed to factory(path)" in said
+    assert "this package's digits network only" in said
+
+
 @pytest.mark.parametrize(("name", "shape"), [("single", "3,4"), ("module", "6")])
 def test_states_are_drawn_for_a_factory_without(factories: str, name: str, shape: str) -> None:
     sizes = tuple(map(int, shape.split(",")))
@@ -131,7 +155,11 @@ BAD = {
     "words": (("--model", "MODULE:words"), "must return states x as a floating tensor (B, *), got str"),
     "no states": (("--model", "MODULE:single"), "returns no states x: return (fn, x), or give their shape"),
     "two shapes": (("--model", "MODULE:pair", "--shape", "3,4"), "states of its own: give no shape"),
-    "lam of a model": (("--model", "MODULE:pair", "--lam", "1"), "--checkpoint and --lam belong to the digits"),
+    "lam of a model": (("--model", "MODULE:pair", "--lam", "1"), "--lam belongs to the digits"),
+    "no use for it": (("--model", "MODULE:pair", "--checkpoint", "a.pt"), "must take one argument, the checkpoint's"),
+    "need of it": (("--model", "MODULE:loaded"), "must be callable without arguments; with --checkpoint FILE"),
+    "none there": (("--model", "MODULE:loaded", "--checkpoint", "a.pt"), "fails: FileNotFoundError"),
+    "of another": (("--checkpoint", __file__), "truncated or no safetensors file"),
     "shape of digits": (("--shape", "3"), "--shape belongs to --model"),
     "coupled rows": (("--model", "MODULE:coupled"), "couples the rows of a batch"),
     "not square": (("--model", "MODULE:tall"), "its Jacobian is not square"),

@@ -88,6 +88,32 @@ def test_hutchpp_has_no_bias(distribution: str, count: int) -> None:
     assert abs(float(error.mean())) < 4 * float(error.std()) / 3000**0.5
 
 
+# -- numbers that are not finite --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["exact", *METHODS])
+@pytest.mark.parametrize("forward", ["dual", "torch"])
+@pytest.mark.parametrize("outside", [-1.0, 0.0, math.inf])
+def test_a_result_that_is_not_finite_has_no_divergence(method: str, forward: str, outside: float) -> None:
+    """log at -1 is NaN, its derivative -1: div was 0 with bar 0, and converged; at 0 it was infinite, not NaN."""
+    x = normals(4, 12).abs() + 1.0
+    clean = fd.divergence(torch.log, x, method=method, num_matvecs=8, forward=forward)
+    x[1, 5] = outside
+    found = fd.divergence(torch.log, x, method=method, num_matvecs=8, forward=forward)
+    assert found.div.isnan().tolist() == [False, True, False, False]
+    assert bool(found.std_err[1].isnan())
+    assert found.converged.tolist() == [True, False, True, True]
+    kept = torch.tensor([0, 2, 3])
+    for name in ("value", "div", "std_err"):
+        assert torch.equal(getattr(found, name)[kept].nan_to_num(-1), getattr(clean, name)[kept].nan_to_num(-1)), name
+
+
+def test_a_result_that_is_not_finite_meets_no_tolerance() -> None:
+    x = torch.tensor([[-1.0, 1.0, 1.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="1 of 2 samples did not meet the tolerance"):
+        found = fd.divergence(torch.log, x, abstol=1.0)
+    assert found.div.isnan().tolist() == found.std_err.isnan().tolist() == [True, False]
+    assert found.converged.tolist() == [False, True]
+
+
 # -- which rows belong together ---------------------------------------------------------------------------------------
 class HoldsTheBatch(nn.Module):
     """Keeps a tensor of the batch, as wrappers of conditional models do."""

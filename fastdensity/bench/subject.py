@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,18 +70,25 @@ def _rows(lam: float, samples: int) -> Tensor:
 
 
 def factory_subject(
-    path: str, samples: int, seed: int, shape: tuple[int, ...] | None = None, device: torch.device | str = "cpu"
+    path: str,
+    samples: int,
+    seed: int,
+    shape: tuple[int, ...] | None = None,
+    device: torch.device | str = "cpu",
+    checkpoint: str | Path | None = None,
 ) -> Subject:
     """What the factory `package.module:name` returns when called: fn, or (fn, x).
 
     fn(x) takes states (B, *) and returns as many; x (B, *) are states of the user's, of which the first `samples` are
     taken. Without x, states of `shape` are drawn from N(0, I). Modules are moved to the device and put in evaluation
-    mode. The working directory is searched, too.
+    mode. The working directory is searched, too. A factory is called without arguments, or with the checkpoint's path
+    where one is given: what it loads from there is its own affair.
 
     Raises:
-        ValueError: no such module or name in it, it fails when imported or called, or returns something else.
+        ValueError: no such module or name in it, it fails when imported or called, or returns something else; it takes
+            no checkpoint, or needs one.
     """
-    made = _call_factory(path)
+    made = _call_factory(path, () if checkpoint is None else (str(checkpoint),))
     fn, x = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not callable(fn):
         raise ValueError(f"{path}() must return a callable fn(x), or (fn, x), got {describe(made)}")
@@ -98,7 +106,7 @@ def factory_subject(
     return Subject(path, fn, x[:samples].detach().to(device))
 
 
-def _call_factory(path: str) -> Any:
+def _call_factory(path: str, arguments: tuple[str, ...]) -> Any:
     module_name, colon, name = path.partition(":")
     if not (colon and module_name and name):
         raise ValueError(f"model must be given as package.module:factory, got {path!r}")
@@ -114,11 +122,26 @@ def _call_factory(path: str) -> Any:
         factory = getattr(factory, part, None)
     if not callable(factory):
         what = "nothing" if factory is None else f"no function but {describe(factory)}"
-        raise ValueError(f"module {module_name!r} has {what} named {name!r}: it must be a factory without arguments")
+        raise ValueError(f"module {module_name!r} has {what} named {name!r}: it must be a factory")
+    _check_takes(factory, path, arguments)
     try:
-        return factory()
+        return factory(*arguments)
     except Exception as error:
         raise ValueError(f"{path}() fails: {_said(error)}") from error
+
+
+def _check_takes(factory: Callable[..., Any], path: str, arguments: tuple[str, ...]) -> None:
+    """ValueError if the factory cannot be called with these arguments; one that hides its signature is just called."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        wanted = "take one argument, the checkpoint's path" if arguments else "be callable without arguments"
+        hint = "" if arguments else "; with --checkpoint FILE it is called as factory(path)"
+        raise ValueError(f"factory {path}{signature} must {wanted}{hint}") from error
 
 
 def _said(error: Exception) -> str:

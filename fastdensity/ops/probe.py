@@ -116,35 +116,63 @@ def orthogonal_probes(
 ) -> Tensor:
     """Haar-distributed orthogonal probes of norm sqrt(n), (count, B, columns), in blocks of n.
 
-    Probe j of a block is the j-th normal probe, made orthogonal to those before it by Gram and Schmidt, twice, in
-    float64: it depends on no later probe, nor on the rest of the batch. The work grows with the square of the number
-    of probes from the beginning of the block; a call that begins within a block makes its beginning, too.
+    The work grows with the square of the number of probes from the beginning of the block; a call that begins within a
+    block makes its beginning, too, which `OrthogonalProbes` keeps from one call to the next.
 
     Args: as in `make_probes`.
 
     Raises:
         ValueError: as `make_probes`.
     """
-    _check("normal", first, count, columns)
-    if not count or not columns:
-        return _empty_probes(seed, sample_ids, step, first, count, columns, "normal", stream, dtype)
-    blocks = []
-    begin = first // columns * columns
-    while begin < first + count:
-        length = min(columns, first + count - begin)
-        z = make_probes(seed, sample_ids, step, begin, length, columns, "normal", stream, torch.float64)
-        blocks.append((_orthonormal(z)[max(first - begin, 0) :] * math.sqrt(columns)).to(dtype))
-        begin += columns
-    return torch.cat(blocks)
+    return OrthogonalProbes(seed, sample_ids, step, columns, stream).take(first, count, dtype)
 
 
-def _orthonormal(vectors: Tensor) -> Tensor:
-    """Gram-Schmidt over the first dimension of (K, B, n), each sample for itself; overwrites its argument.
+class OrthogonalProbes:
+    """The probes of `orthogonal_probes` in parts, each made once if they are asked for in ascending order.
+
+    Probe j of a block is the j-th normal probe, made orthogonal to those before it by Gram and Schmidt, twice, in
+    float64: it depends on no later probe, nor on the rest of the batch, nor on what is asked for together.
+    """
+
+    def __init__(self, seed: int, sample_ids: Tensor, step: int, columns: int, stream: int) -> None:
+        self._key, self._columns, self._stream = (seed, sample_ids, step), columns, stream
+        self._block = 0
+        self._basis: Tensor | None = None  # (m, B, n), of the block's first m probes
+
+    def take(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Probes first .. first + count - 1, (count, B, n); ValueError as `make_probes`."""
+        _check("normal", first, count, self._columns)
+        if not count or not self._columns:
+            return _empty_probes(*self._key, first, count, self._columns, "normal", self._stream, dtype)
+        parts = []
+        while count:
+            block, begin = divmod(first, self._columns)
+            end = min(begin + count, self._columns)
+            part = self._basis_of(block, end)[begin:end]
+            parts.append((part * math.sqrt(self._columns)).to(dtype))
+            first, count = first + end - begin, count - (end - begin)
+        return torch.cat(parts)
+
+    def _basis_of(self, block: int, size: int) -> Tensor:
+        """At least the first `size` vectors of a block."""
+        basis = self._basis if block == self._block else None
+        known = 0 if basis is None else len(basis)
+        if size > known:
+            begin = block * self._columns + known
+            more = make_probes(*self._key, begin, size - known, self._columns, "normal", self._stream, torch.float64)
+            basis = _orthonormal(more if basis is None else torch.cat([basis, more]), known)
+            self._block, self._basis = block, basis
+        assert basis is not None
+        return basis
+
+
+def _orthonormal(vectors: Tensor, known: int) -> Tensor:
+    """Gram-Schmidt over the first dimension of (K, B, n), each sample for itself, from the `known`-th vector on.
 
     Both passes subtract the projections on all earlier vectors at once; twice is enough (Giraud, Langou, Rozloznik,
-    "The loss of orthogonality in the Gram-Schmidt orthogonalization process", 2005).
+    "The loss of orthogonality in the Gram-Schmidt orthogonalization process", 2005). Overwrites its argument.
     """
-    for k in range(vectors.shape[0]):
+    for k in range(known, vectors.shape[0]):
         vector, earlier = vectors[k], vectors[:k]
         for _ in range(2 if k else 0):
             overlaps = pairwise_sum(earlier * vector, -1)

@@ -41,15 +41,28 @@ def colour(
         raise ValueError(f"num_colours must be in [1, num_matvecs = {num_matvecs}], got {num_colours}")
     colours = sample_colours(products.shape, wanted).to(products.device)
     used = usable_colours(products.shape, wanted)
-    masks = (colours == torch.arange(used, device=products.device)[:, None]).to(products.dtype)
-    index = colours.expand(1, products.rows, -1)
-    sweeps = []
-    for sweep in range(num_matvecs // used):
-        signs = products.probes(sweep, 1, distribution)[0]
-        images = products.apply(masks[:, None] * signs)
-        sweeps.append(row_dot(signs, images.gather(0, index)[0]))
+    sweeps = [
+        _sweep(products, colours, used, products.probes(sweep, 1, distribution)[0])
+        for sweep in range(num_matvecs // used)
+    ]
     div, std_err = mean_and_error(torch.stack(sweeps))
     return Trace(div, std_err, used * len(sweeps), used)
+
+
+def _sweep(products: Products, colours: Tensor, used: int, signs: Tensor) -> Tensor:
+    """The sum over colours of z_c'J z_c (R,) in float64; as many colours at a time as fit a call.
+
+    Of the products with z_c only the elements of colour c are looked at.
+    """
+    images = torch.empty_like(signs)
+    for begin in range(0, used, products.tangents):
+        numbers = torch.arange(begin, min(begin + products.tangents, used), device=products.device)
+        masks = colours == numbers[:, None]
+        found = products.apply(masks[:, None] * signs)
+        here = masks.any(0)
+        index = (colours[here] - begin).expand(1, products.rows, -1)
+        images[:, here] = found[:, :, here].gather(0, index)[0]
+    return row_dot(signs, images)
 
 
 def sample_colours(shape: tuple[int, ...], num_colours: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from fastdensity.traces.result import Trace
 from fastdensity.traces.xtrace import xtrace
 
 LEAST_OF_A_TOLERANCE = 8  # products, or two sweeps of colours: below, a standard error means little
+
+BYTES_OF_DOUBLE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,11 @@ def estimate(task: Task, how: DivergenceMethod) -> Estimate:
     if x.numel() == 0:
         zero = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         return Estimate(task.function.fn(x, *task.function.args), zero, zero, zero.long(), zero == 0)
-    cut = plan(task.function, x, how.memory, columns if how.method == "exact" else how.num_matvecs)
     method = how.method
-    if method != "exact" and how.num_matvecs > columns:
+    if method != "exact" and not 0 < how.num_matvecs <= columns:
         method = _say_exact(how.num_matvecs, columns)
+    products = columns if method == "exact" else how.num_matvecs
+    cut = plan(task.function, x, how.memory, products, _kept_bytes(how, method, x))
     if method != "exact" and how.has_tolerance:
         found = _until_tolerance(task, how, cut, columns)
     else:
@@ -64,15 +68,29 @@ def estimate(task: Task, how: DivergenceMethod) -> Estimate:
     return found
 
 
+def _kept_bytes(how: DivergenceMethod, method: str, x: Tensor) -> int:
+    """What an estimator keeps of each row between calls: vectors, or a basis of them, as many as it has products."""
+    columns = x.shape[1:].numel()
+    if method in ("hutchpp", "xtrace"):
+        return 2 * how.num_matvecs * columns * x.element_size()
+    orthogonal = method == "hutchinson" and how.distribution == "orthogonal"
+    return min(how.num_matvecs, columns) * columns * BYTES_OF_DOUBLE if orthogonal else 0
+
+
 def _all_rows(
     task: Task, how: DivergenceMethod, cut: Plan, method: str, count: int, offset: int, rows: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-    """fn's values, (div, std_err) and the number of products, of all or the given rows."""
+    """fn's values, (div, std_err) and the number of products, of all or the given rows.
+
+    A row is NaN if its result is not finite, though its derivatives may be: those of log at -1 are.
+    """
     batch = task.x.shape[0]
     if rows is None:
         rows = torch.arange(batch, device=task.x.device)
-    values, divs, errors, products = [], [], [], 0
-    for index, valid in blocks(rows, rows.shape[0] if cut.together else cut.rows):
+    div, std_err = (torch.empty(len(rows), dtype=torch.float64, device=rows.device) for _ in range(2))
+    values: Tensor | None = None
+    begin, products = 0, 0
+    for index, valid in blocks(rows, len(rows) if cut.together else cut.rows):
         block = JacobianProducts(
             task.function.rows(index, batch),
             task.x[index],
@@ -80,14 +98,20 @@ def _all_rows(
             cut.tangents,
             None if task.identity is None else task.identity[index],
             offset,
+            valid,
         )
         trace = _trace(block, how, method, count)
         assert block.value is not None
-        values.append(block.value[:valid])
-        divs.append(trace.div[:valid])
-        errors.append(trace.std_err[:valid])
-        products = trace.products
-    return torch.cat(values), (torch.cat(divs), torch.cat(errors)), products
+        if values is None:  # one piece of memory: parts of it between the memory of calls would scatter that
+            values = block.value.new_empty((len(rows), *task.x.shape[1:]))
+        unknown = ~(block.value.reshape(len(index), -1).isfinite().all(1) & trace.div.isfinite())
+        here = slice(begin, begin + valid)
+        values[here] = block.value[:valid]
+        div[here] = trace.div.masked_fill(unknown, math.nan)[:valid]
+        std_err[here] = trace.std_err.masked_fill(unknown, math.nan)[:valid]
+        begin, products = begin + valid, trace.products
+    assert values is not None
+    return values, (div, std_err), products
 
 
 def _trace(products: JacobianProducts, how: DivergenceMethod, method: str, count: int) -> Trace:
@@ -175,19 +199,22 @@ def _method(how: DivergenceMethod, used: int, size: int, columns: int) -> str:
 
 
 def _say_exact(num_matvecs: int, columns: int) -> str:
-    warnings.warn(
-        f"num_matvecs={num_matvecs} is above the {columns} elements of a sample: the divergence is computed exactly",
-        stacklevel=4,
-    )
+    reason = f"is above the {columns} elements of a sample" if num_matvecs else "leaves nothing to estimate from"
+    warnings.warn(f"num_matvecs={num_matvecs} {reason}: the divergence is computed exactly", stacklevel=4)
     return "exact"
 
 
 def _warn_of_identity(found: Estimate, columns: int) -> None:
-    """Normal probes estimate an identity part a with variance 2 n a^2 / k: say so where that is most of the error."""
-    part = found.div / columns
-    variance = 2.0 * columns * part**2 / found.num_matvecs
+    """Normal probes estimate an identity part a with variance 2 n a^2 / k: say so where that is most of the error.
+
+    Not those of hutchpp, whose control variate knows it.
+    """
+    known = found.div.isfinite()
+    part = found.div[known] / columns
+    variance = 2.0 * columns * part**2 / found.num_matvecs[known]
     # one probe shows no error to compare with: then any identity part is named
-    if bool((variance.median() > 0.5 * found.std_err.square().nan_to_num(0.0).median()).item()):
+    shown = found.std_err[known].square().nan_to_num(0.0)
+    if bool(known.any()) and bool((variance.median() > 0.5 * shown.median()).item()):
         warnings.warn(
             f"distribution='normal' on a fn with an identity part of about {float(part.median()):.3g}: the probes "
             "estimate it with variance 2 n a^2 / k. Rademacher, sphere and orthogonal probes know it exactly; take one "

@@ -18,7 +18,7 @@ LEAST_MATVECS = {"hutchpp": 3, "xtrace": 2}
 
 @dataclass(frozen=True, slots=True)
 class DivergenceMethod:
-    """The options of `fastdensity.divergence`; `seed` None means the caller's seed."""
+    """The options of `fastdensity.divergence`; `seed` None means the caller's, `num_matvecs` 0 exact."""
 
     method: str = "hutchinson"
     num_matvecs: int = 1
@@ -37,7 +37,7 @@ class DivergenceMethod:
         _check_choice("method of divergence", self.method, METHODS)
         _check_choice("distribution", self.distribution, DISTRIBUTIONS)
         _check_choice("forward", self.forward, FORWARD_MODES)
-        check_integer("num_matvecs", self.num_matvecs, 1, MOST_MATVECS)
+        check_integer("num_matvecs", self.num_matvecs, 0, MOST_MATVECS)
         for name, lowest in (("seed", 0), ("max_matvecs", 1), ("num_colours", 1), ("memory", 1)):
             value = getattr(self, name)
             if value is not None:
@@ -47,7 +47,7 @@ class DivergenceMethod:
         if not isinstance(self.resphere, bool):
             raise TypeError(f"resphere must be True or False, got {describe(self.resphere)}")
         least = LEAST_MATVECS.get(self.method, 1)
-        if self.num_matvecs < least and not self.has_tolerance:
+        if 0 < self.num_matvecs < least and not self.has_tolerance:
             raise ValueError(f"method {self.method!r} needs num_matvecs >= {least}, got {self.num_matvecs}")
         if self.max_matvecs is not None and self.max_matvecs < max(least, self.num_colours or 0):
             least = max(least, self.num_colours or 0)

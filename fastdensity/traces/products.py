@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdensity.ops.probe import make_probes, orthogonal_probes, probe_forms
+from fastdensity.ops.probe import OrthogonalProbes, make_probes, probe_forms
 from fastdensity.sums import row_dot, row_sum
 from fastdensity.traces.function import Function
 from fastdensity.traces.key import ProbeKey
@@ -21,6 +21,7 @@ class Products(Protocol):
     dtype: torch.dtype
     device: torch.device
     shape: tuple[int, ...]  # of one sample; its product is `columns`
+    tangents: int  # products that are best taken at a time
 
     def probes(self, first: int, count: int, distribution: str) -> Tensor:
         """Probes first .. first + count - 1, (count, R, n)."""
@@ -36,11 +37,19 @@ class JacobianProducts:
     """`Products` of fn at x (R, *), less `identity` times the identity; a bounded number of tangents at a time.
 
     Attributes:
-        value: fn(x), after the first product. offset: added to the number of every probe.
+        value: fn(x), after the first product. offset: added to the number of every probe. valid: the rows that are
+            there for themselves; the others are copies of the first.
     """
 
     def __init__(
-        self, function: Function, x: Tensor, key: ProbeKey, tangents: int, identity: Tensor | None, offset: int = 0
+        self,
+        function: Function,
+        x: Tensor,
+        key: ProbeKey,
+        tangents: int,
+        identity: Tensor | None,
+        offset: int = 0,
+        valid: int | None = None,
     ) -> None:
         """identity: (R,) float64, or None for 0."""
         self.function, self.x, self.key, self.tangents, self.identity = function, x, key, tangents, identity
@@ -49,21 +58,23 @@ class JacobianProducts:
         self.rows, self.columns = x.shape[0], x.shape[1:].numel()
         self.dtype, self.device = x.dtype, x.device
         self.value: Tensor | None = None
+        self.valid = self.rows if valid is None else valid
+        self._orthogonal = OrthogonalProbes(key.seed, key.sample_ids[: self.valid], key.step, self.columns, key.stream)
 
     def probes(self, first: int, count: int, distribution: str) -> Tensor:
         """See `Products`."""
         key, begin = self.key, first + self.offset
-        if distribution == "orthogonal":
-            return orthogonal_probes(
-                key.seed, key.sample_ids, key.step, begin, count, self.columns, key.stream, self.dtype
-            )
+        if distribution == "orthogonal":  # made for rows, not for the copies that fill a block up
+            made = self._orthogonal.take(begin, count, self.dtype)
+            return torch.cat([made, made[:, :1].expand(-1, self.rows - self.valid, -1)], 1)
         return make_probes(
             key.seed, key.sample_ids, key.step, begin, count, self.columns, distribution, key.stream, self.dtype
         )
 
     def apply(self, vectors: Tensor) -> Tensor:
         """See `Products`."""
-        products = torch.cat([self._push(part) for part in torch.split(vectors, self.tangents)])
+        parts = [self._push(part) for part in torch.split(vectors, self.tangents)]
+        products = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.identity is not None:  # in float64: a rounded identity is not what is added to the trace
             products = products.double() - self.identity[:, None] * vectors
         return products.to(self.dtype)  # under autocast, say, fn's own is another; vectors made of these must fit x
@@ -72,18 +83,19 @@ class JacobianProducts:
         """See `Products`. Probes are made where they enter and again where they meet their products, in registers or a
         block at a time, if the ends of fn allow it (`fastdensity.dual.trace_graph`); else in chunks.
         """
-        parts = []
+        forms = torch.empty(count, self.rows, dtype=torch.float64, device=self.device)  # see exact_trace
         for begin in range(first, first + count, self.tangents):
             number = min(self.tangents, first + count - begin)
             found = self.function.forms(self.x, self.key, begin + self.offset, number, distribution)
             if found is None:
-                parts.append(self._forms_of_made(begin, number, distribution))
+                part = self._forms_of_made(begin, number, distribution)
             else:
                 self._keep(found[0])
-                parts.append(found[1])
+                part = found[1]
             if self.identity is not None:
-                parts[-1] = parts[-1] - self.identity * self._squares(begin, number, distribution)
-        return torch.cat(parts)
+                part = part - self.identity * self._squares(begin, number, distribution)
+            forms[begin - first : begin - first + number] = part
+        return forms
 
     def _forms_of_made(self, begin: int, number: int, distribution: str) -> Tensor:
         """The forms of probes in memory."""
@@ -117,7 +129,7 @@ class JacobianProducts:
 
     def _keep(self, value: Tensor) -> None:
         if self.value is None:
-            self.value = value
+            self.value = value.clone()  # it is the first of the planes, and would keep the memory of all
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
@@ -127,6 +139,13 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 def exact_trace(products: JacobianProducts) -> Tensor:
     """The trace (R,) in float64, by one product per element."""
-    starts = range(0, products.columns, products.tangents)
-    pieces = [products.diagonal(i, min(products.tangents, products.columns - i)) for i in starts]
-    return row_sum(torch.cat(pieces).T)
+    # small results kept between the large ones of calls would have the C library spread over ever more memory
+    elements: Tensor | None = None
+    for first in range(0, products.columns, products.tangents):
+        count = min(products.tangents, products.columns - first)
+        part = products.diagonal(first, count)
+        if elements is None:
+            elements = part.new_empty(products.columns, products.rows)
+        elements[first : first + count] = part
+    assert elements is not None
+    return row_sum(elements.T)
