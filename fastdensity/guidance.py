@@ -26,7 +26,7 @@ Rate = Callable[[Tensor, Any], Number]  # b(x, lam): nats per unit of lam, (B,)
 class Push:
     """The parameters of a guided step; numbers or (B,). The default is the unguided step.
 
-    repair is added to shift, but is not commanded: it makes up for what the noise does to log p. relative_noise is the
+    repair is added to shift where no loop is closed: it makes up for what the noise does to log p. relative_noise is the
     noise of the step over that of the reverse diffusion, phi / sigma, per sqrt of lam; projected says that only its
     part orthogonal to the score is added.
     """
@@ -144,9 +144,10 @@ class StochasticDensityGuidance(DensityGuidance):
     Args:
         q, b, interval, track: as in `DensityGuidance`.
         noise: phi_rel = noise(lam) >= 0 for the step that begins at lam, a number or (B,); 1 is the noise of the
-            reverse diffusion, 0 the deterministic step, which then costs no divergence.
-        projection_term: True repairs exactly, at one more Jacobian-vector product; False leaves out s.H s / ||s||^2
-            as [DG] does, which biases log p.
+            reverse diffusion, 0 the deterministic step, which then costs no divergence. Nor does it with track=True,
+            where what noise does is measured (docs/few-steps.md).
+        projection_term: without the loop, True repairs exactly, at one more Jacobian-vector product; False leaves out
+            s.H s / ||s||^2 as [DG] does, which biases log p.
 
     Raises:
         TypeError, ValueError: as in `DensityGuidance`; noise not callable, projection_term no bool.

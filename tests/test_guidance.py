@@ -80,7 +80,7 @@ def test_noise_is_repaired_exactly(name: str, lam: float, noise: float, rate: fl
     assert largest_error(point.curvature_along_score(), curvature) < 1e-9
     for projection_term in (True, False):
         guidance = fd.StochasticDensityGuidance(
-            noise=lambda at: noise, b=lambda x, at: rate, projection_term=projection_term
+            noise=lambda at: noise, b=lambda x, at: rate, projection_term=projection_term, track=False
         )
         point.push = guidance.push(point, lam)
         bias = 0.0 if projection_term else -((noise * point.sigma) ** 2) / 2 * curvature
