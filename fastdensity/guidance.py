@@ -26,8 +26,8 @@ Rate = Callable[[Tensor, Any], Number]  # b(x, lam): nats per unit of lam, (B,)
 class Push:
     """The parameters of a guided step; numbers or (B,). The default is the unguided step.
 
-    repair is added to shift where no loop is closed: it makes up for what the noise does to log p. relative_noise is the
-    noise of the step over that of the reverse diffusion, phi / sigma, per sqrt of lam; projected says that only its
+    repair is added to shift where no loop is closed: it makes up for what the noise does to log p. relative_noise is
+    the noise of the step over that of the reverse diffusion, phi / sigma, per sqrt of lam; projected says that only its
     part orthogonal to the score is added.
     """
 
