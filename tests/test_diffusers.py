@@ -38,6 +38,7 @@ def test_density_comes_out_as_commanded(name: str, steps: int) -> None:
     assert found == pytest.approx(1.0, abs=0.04 if (name, steps) == ("unipc", 20) else 0.02)
 
 
+@pytest.mark.filterwarnings("ignore:DDIMScheduler has clip_sample")
 @pytest.mark.parametrize("name", ALL)
 def test_guidance_moves_samples_and_keeps_them_finite(name: str) -> None:
     plain = run(ALL[name](), 20).sample
@@ -46,6 +47,12 @@ def test_guidance_moves_samples_and_keeps_them_finite(name: str) -> None:
             guided = run(fd.guide(ALL[name](), q=q, track=track), 20).sample
             assert guided.isfinite().all()
             assert not torch.equal(guided, plain)
+
+
+def test_clipping_opens_the_loop() -> None:
+    with pytest.warns(UserWarning, match="clip_sample: a clipped pixel moves against its guidance"):
+        guided = fd.guide(DDIMScheduler(), q=0.4)
+    assert torch.equal(run(guided, 8).sample, run(fd.guide(DDIMScheduler(), q=0.4, track=False), 8).sample)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -118,7 +125,7 @@ def test_what_is_refused() -> None:
         fd.guide(DDIMScheduler(), track=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="target must be a diffusers scheduler"):
         fd.guide(torch.nn.Linear(2, 2), q=0.4)
-    scheduler = fd.guide(DDIMScheduler(), q=0.4)
+    scheduler = fd.guide(DDIMScheduler(clip_sample=False), q=0.4)
     scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match="prediction_type was 'epsilon' when the scheduler was guided"):
         run(scheduler, 5)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ def guide_scheduler(scheduler: Any, q: Parameter, interval: tuple[float, float],
             "guide it before, or call its set_timesteps first"
         )
     unguide_scheduler(scheduler)
+    clips = [option for option in ("clip_sample", "thresholding") if scheduler.config.get(option, False)]
+    if closed and clips:
+        closed = False
+        warnings.warn(
+            f"{name} has {clips[0]}: a clipped pixel moves against its guidance, so the loop stays open (track=False)",
+            stacklevel=3,
+        )
     scheduler.step = GuidedStep(scheduler, name, q, interval, closed)
     return scheduler
 
