@@ -113,8 +113,9 @@ class DensityGuidance(Guidance):
     ) -> None:
         if not isinstance(track, bool):
             raise TypeError(f"track must be True or False, got {describe(track)}")
-        self.track, self.steers_by_divergence = track, self.stochastic or b is not None
+        self.track = track
         self.q, self.b = _check_target(q, b)
+        self.steers_by_divergence = self.stochastic or b is not None
         self.interval = _check_interval(interval)
 
     def active(self, lam: float) -> bool:
