@@ -41,6 +41,7 @@ class Settings:
     fine: int = 2000
     digits_rows: int = 8
     digits_steps: Sequence[int] = (20, 50)
+    digits_quantiles: Sequence[float] = (0.4,)
     noise_steps: Sequence[int] = (20, 50, 200)
 
 
@@ -85,7 +86,7 @@ def step_records(settings: Settings) -> list[Record]:
         print(f"measured: {name}; {path.name}", flush=True)
     for path in DIGITS_PATHS if settings.digits_rows else ():
         case = problem(DIGITS, path, settings.digits_rows, settings.fine)
-        records += compare(case, settings.digits_steps, settings.quantiles)
+        records += compare(case, settings.digits_steps, settings.digits_quantiles)
         print(f"measured: {DIGITS}; {path.name}", flush=True)
     return records
 

@@ -167,13 +167,13 @@ FASTDENSITY_HOST_DEVICE Gain predict(std::int64_t columns, const TrackParameters
   const double carry = row.known ? now.carry : 0.0, steering = row.kappa_last * row.eta_last;
   double u = 0, v = 0;
   one_step_move(now, &u, &v);
-  const double w = step * carry / kappa, per_eta = u * (1.0 + carry) / safe, drift = v * row.state / row.square;
+  const double w = step * carry / kappa, per_eta = u * (1.0 + carry) / safe;
   const double size = static_cast<double>(columns), typical = fmax(size - 2.0 * commanded, kLeastTypical * size);
   // what noise would take of pure noise
   const double taken = 0.5 * size * noise_over_state(now) / (row.kappa_end * row.kappa_end);
   Gain by;
   if (!ahead) {
-    const double rest = (drift - w * (row.move + steering * row.turn) / row.square) / safe;
+    const double rest = (v * row.state - w * (row.move + steering * row.turn)) / row.square / safe;
     by.constant = row.h * (rest - 1.0), by.linear = row.h * per_eta;
     by = scaled(by, row.square);
     by.constant -= taken * fmin(row.square / typical, 1.0);
@@ -182,17 +182,19 @@ FASTDENSITY_HOST_DEVICE Gain predict(std::int64_t columns, const TrackParameters
   const double fall = clamp(1.0 - answers, kEdge, 1.0 - kEdge);
   const Band range = band(fmax(fmin(row.square / typical, 1.0 - fall), kEdge), fall);
   const double end = row.kappa_end * row.kappa_end;
-  double variances[4], weights[4], total = 0, remains = 0;
+  double variances[4], weights[4], total = 0, remains = 0, states = 0;
   for (int i = 0; i < 4; ++i) {
     variances[i] = kappa * kappa * exp(range.lowest + kNodes[i] * range.width);
     weights[i] = kWeights[i] / (variances[i] + kappa * kappa), total += weights[i];
+    states += weights[i] * (variances[i] + kappa * kappa) / kappa;
     remains += kWeights[i] * end / (variances[i] + end);
   }
+  const double mean = row.state / row.square - states / total;
   for (int i = 0; i < 4; ++i) {
-    const double before = found.before(variances[i]);
+    const double before = found.before(variances[i]), state = (variances[i] + kappa * kappa) / kappa + mean;
     const double moved = (found.kappa - found.kappa_last) * (found.offset + found.bend * before);
     by.add(weights[i] / total, gain(variances[i], kappa, row.kappa_end), per_eta,
-           (drift - w * (moved + steering * before)) / safe);
+           (v * state - w * (moved + steering * before)) / safe);
   }
   by = scaled(by, row.square);
   by.constant -= taken * remains;

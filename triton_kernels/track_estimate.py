@@ -159,16 +159,25 @@ def _variance(kappa, lowest, width, NODE: tl.constexpr):
 
 
 @triton.jit
-def _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT: tl.constexpr):
-    """(weight, weighted gain, what is left at the end) with one variance of the band more."""
-    weights, by, remains = total
+def _weigh(total, kappa, variance, WEIGHT: tl.constexpr):
+    """(weight, weighted y in units of eps) with one variance of the band more."""
+    weights, states = total
+    weight = tl.full((), WEIGHT, tl.float64) / (variance + kappa * kappa)
+    return weights + weight, states + weight * (variance + kappa * kappa) / kappa
+
+
+@triton.jit
+def _add_of_band(total, now, line, variance, weights, mean, end, per_eta, v, w, safe, WEIGHT: tl.constexpr):
+    """(gain, what is left at the end) with one variance of the band more."""
+    by, remains = total
     kappa, kappa_last = now[KAPPA], now[KAPPA_LAST]
     before = before_of(variance, line, kappa, kappa_last)
     moved = (kappa - kappa_last) * (line[1] + line[2] * before)
-    rest = (drift - w * (moved + kappa_last * now[ETA_LAST] * before)) / safe
-    weight = tl.full((), WEIGHT, tl.float64) / (variance + kappa * kappa)
+    state = (variance + kappa * kappa) / kappa + mean
+    rest = (v * state - w * (moved + kappa_last * now[ETA_LAST] * before)) / safe
+    share = tl.full((), WEIGHT, tl.float64) / (variance + kappa * kappa) / weights
     remains += end * end / (variance + end * end) * WEIGHT
-    return weights + weight, add_gain(by, weight, gain(variance, kappa, end), per_eta, rest), remains
+    return add_gain(by, share, gain(variance, kappa, end), per_eta, rest), remains
 
 
 @triton.jit
@@ -178,8 +187,8 @@ def predict(columns, now, commanded, answers, found, ahead, known, SCHEME: tl.co
     step, carry = now[KAPPA_END] - kappa, pick(known, now[CARRY], 0.0)
     safe = pick(step != 0.0, step, 1.0)
     u, v = one_step_move(now)
-    w, per_eta, drift = step * carry / kappa, u * (1.0 + carry) / safe, v * now[STATE] / square
-    rest = (drift - w * (now[MOVE] + now[KAPPA_LAST] * now[ETA_LAST] * now[TURN]) / square) / safe
+    w, per_eta = step * carry / kappa, u * (1.0 + carry) / safe
+    rest = (v * now[STATE] - w * (now[MOVE] + now[KAPPA_LAST] * now[ETA_LAST] * now[TURN])) / square / safe
     constant, linear, bend = h * (rest - 1.0), h * per_eta, tl.full((), 0.0, tl.float64)
     typical = columns - commanded * 2.0
     least = columns * LEAST_TYPICAL
@@ -194,17 +203,18 @@ def predict(columns, now, commanded, answers, found, ahead, known, SCHEME: tl.co
         end = tl.where(ahead, now[KAPPA_END], kappa * 0.9)
         _, _, line = found
         zero = tl.full((), 0.0, tl.float64)
-        total = (zero, (zero, zero, zero), zero)
-        variance = _variance(kappa, lowest, width, NODE_0)
-        total = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_0)
-        variance = _variance(kappa, lowest, width, NODE_1)
-        total = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_1)
-        variance = _variance(kappa, lowest, width, NODE_2)
-        total = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_2)
-        variance = _variance(kappa, lowest, width, NODE_3)
-        weights, by, left_then = _add_of_band(total, now, line, variance, end, per_eta, drift, w, safe, WEIGHT_3)
-        constant, linear = tl.where(ahead, by[0] / weights, constant), tl.where(ahead, by[1] / weights, linear)
-        bend, remains = tl.where(ahead, by[2] / weights, bend), tl.where(ahead, left_then, remains)
+        first, second = _variance(kappa, lowest, width, NODE_0), _variance(kappa, lowest, width, NODE_1)
+        third, fourth = _variance(kappa, lowest, width, NODE_2), _variance(kappa, lowest, width, NODE_3)
+        weighed = _weigh(_weigh((zero, zero), kappa, first, WEIGHT_0), kappa, second, WEIGHT_1)
+        weights, states = _weigh(_weigh(weighed, kappa, third, WEIGHT_2), kappa, fourth, WEIGHT_3)
+        mean = now[STATE] / square - states / weights
+        by = ((zero, zero, zero), zero)
+        by = _add_of_band(by, now, line, first, weights, mean, end, per_eta, v, w, safe, WEIGHT_0)
+        by = _add_of_band(by, now, line, second, weights, mean, end, per_eta, v, w, safe, WEIGHT_1)
+        by = _add_of_band(by, now, line, third, weights, mean, end, per_eta, v, w, safe, WEIGHT_2)
+        by, left_then = _add_of_band(by, now, line, fourth, weights, mean, end, per_eta, v, w, safe, WEIGHT_3)
+        constant, linear = tl.where(ahead, by[0], constant), tl.where(ahead, by[1], linear)
+        bend, remains = tl.where(ahead, by[2], bend), tl.where(ahead, left_then, remains)
     taken = 0.5 * columns * noise_over_state(now) / (now[KAPPA_END] * now[KAPPA_END]) * remains
     return square * constant - taken, square * linear, square * bend
 

@@ -147,18 +147,21 @@ def predict(
     step, carry = now["kappa_end"] - kappa, torch.where(known, now["carry"], 0.0)
     safe = torch.where(step != 0, step, 1.0)
     u, v = one_step_move(now)
-    w, per_eta, drift = step * carry / kappa, u * (1.0 + carry) / safe, v * now["state"] / square
+    w, per_eta = step * carry / kappa, u * (1.0 + carry) / safe
     steering = now["kappa_last"] * now["eta_last"]
     variances = band_variances(*band(left, fall), here)
+    # y in units of eps is (v + kappa^2) / kappa, but for where the data have their mean
+    mean = now["state"] / square - sum(share * (variance + here * here) for variance, share in variances) / here
 
     def parts() -> Iterator[tuple[Tensor, Gain, Tensor, Tensor]]:
         for variance, share in variances:
             before = found.before(variance)
             moved = (found.kappa - found.kappa_last) * (found.offset + found.bend * before)
-            yield share, gain(variance, here, end), per_eta, (drift - w * (moved + steering * before)) / safe
+            state = (variance + here * here) / here + mean
+            yield share, gain(variance, here, end), per_eta, (v * state - w * (moved + steering * before)) / safe
 
     by = sum_of_gains(parts())
-    rest = (drift - w * (now["move"] + steering * now["turn"]) / square) / safe
+    rest = (v * now["state"] - w * (now["move"] + steering * now["turn"])) / square / safe
     remains = sum(weight * end * end / (v + end * end) for (v, _), weight in zip(variances, WEIGHTS, strict=True))
     remains = torch.where(ahead, remains, (square / typical).clamp_max(1.0))
     taken = 0.5 * columns * noise_over_state(now) / (now["kappa_end"] * now["kappa_end"]) * remains
