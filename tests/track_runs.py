@@ -20,7 +20,7 @@ from fastdensity.reference.track import MEMORY, PARAMETERS, Step, launch_torch
 EPSILON_OF = {torch.float64: 2.2e-16, torch.float32: 1.2e-7}
 # In float64 the eager result is the exact one itself, so its error says nothing: allow a chain of roundings. A decision
 # divides small differences of the products, more so where noise was taken off them.
-ROUNDINGS, AFTER_NOISE = {torch.float64: 512, torch.float32: 32}, 64
+ROUNDINGS, AFTER_NOISE = {torch.float64: 512, torch.float32: 32}, 512
 # of the memory, in nats: sums of terms as large as h ||eps||^2, which all but cancel
 NATS = ("commanded_next", "realised_next", "commanded", "realised")
 SDE_ROW, LIMITED_ROW, FRESH_ROW, STILL_ROW, TURNED_ROW = range(1, 6)  # where a batch has so many
