@@ -139,7 +139,7 @@ def test_the_question_is_asked_once() -> None:
     first = COUNTED[id(model)]
     fd.divergence(model, normals(7, 12), num_matvecs=3)
     fd.divergence(model, normals(70, 12), method="exact")
-    assert 3 < first < 20
+    assert 3 < first < 30  # a trace and the questions of how it behaves
     assert COUNTED[id(model)] == first
 
 

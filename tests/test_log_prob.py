@@ -202,7 +202,7 @@ DRAWS: dict[str, Callable[[Any, Tensor, Tensor], object]] = {
         flow, x, [-1.0, 1.0], guidance=fd.DensityGuidance(b=lambda x, lam: -1.0), sample_ids=ids
     ),
     "noise": lambda flow, x, ids: fd.sample(
-        flow, x, [-1.0, 1.0], guidance=fd.StochasticDensityGuidance(0.5, lambda lam: 0.3), sample_ids=ids
+        flow, x, [-1.0, 1.0], guidance=fd.StochasticDensityGuidance(0.5, lambda lam: 0.3, track=False), sample_ids=ids
     ),
     "flow after diffusion": lambda flow, x, ids: fd.sample(
         flow, x, [-1.0, 0.0, 1.0], guidance=fd.ReverseDiffusion((-1.0, 0.0)), log_prob=True, sample_ids=ids

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks.offline import MATRIX_INSTRUCTIONS, ROOMS, TARGETS, Resources, measure_all
-from fastdensity.reference import track_rule
+from fastdensity.reference import track_model, track_rule
 from fastdensity.reference.track import MEMORY
 
 ROOT = Path(__file__).parent.parent
@@ -204,8 +204,8 @@ def test_the_loops_numbers_are_float64():
     """Triton makes float32 of a number that meets `tl.where` or `tl.maximum`; its interpreter does not."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(_constants_of_the_loop).result()
-    rule = track_rule
-    expected = {*rule.NODES, *rule.WEIGHTS, rule.TINY_STEP, rule.SAME_PLACE, rule.LEAST_COSINE, rule.FASTEST_FALL}
+    model, rule = track_model, track_rule
+    expected = {*model.NODES, *model.WEIGHTS, model.NARROW, model.WIDEST, model.EDGE, rule.SAME_PLACE}
     expected |= {rule.SHORTEST, rule.NEAREST, 1e-3, 1e-12, 1.0 / 3.0}
     assert expected <= found
     rounded = {number for number in found if number == float(torch.tensor(number).float())}

@@ -14,14 +14,6 @@ from fastdensity.reference.track import MEMORY, PARAMETERS
 from fastdensity.triton_kernels.track_model import (
     EDGE,
     NEARLY_ONE,
-    NODE_0,
-    NODE_1,
-    NODE_2,
-    NODE_3,
-    WEIGHT_0,
-    WEIGHT_1,
-    WEIGHT_2,
-    WEIGHT_3,
     add_gain,
     at_least,
     band,
@@ -29,8 +21,10 @@ from fastdensity.triton_kernels.track_model import (
     clamp,
     gain,
     gain_at,
+    node,
     pick,
     two_variances,
+    weight,
 )
 
 TINY_STEP = tl.constexpr(reference.TINY_STEP)
@@ -154,30 +148,8 @@ def one_step_move(now):
 
 
 @triton.jit
-def _variance(kappa, lowest, width, NODE: tl.constexpr):
-    return kappa * kappa * tl.exp(lowest + width * NODE)
-
-
-@triton.jit
-def _weigh(total, kappa, variance, WEIGHT: tl.constexpr):
-    """(weight, weighted y in units of eps) with one variance of the band more."""
-    weights, states = total
-    weight = tl.full((), WEIGHT, tl.float64) / (variance + kappa * kappa)
-    return weights + weight, states + weight * (variance + kappa * kappa) / kappa
-
-
-@triton.jit
-def _add_of_band(total, now, line, variance, weights, mean, end, per_eta, v, w, safe, WEIGHT: tl.constexpr):
-    """(gain, what is left at the end) with one variance of the band more."""
-    by, remains = total
-    kappa, kappa_last = now[KAPPA], now[KAPPA_LAST]
-    before = before_of(variance, line, kappa, kappa_last)
-    moved = (kappa - kappa_last) * (line[1] + line[2] * before)
-    state = (variance + kappa * kappa) / kappa + mean
-    rest = (v * state - w * (moved + kappa_last * now[ETA_LAST] * before)) / safe
-    share = tl.full((), WEIGHT, tl.float64) / (variance + kappa * kappa) / weights
-    remains += end * end / (variance + end * end) * WEIGHT
-    return add_gain(by, share, gain(variance, kappa, end), per_eta, rest), remains
+def _variance(kappa, lowest, width, index):
+    return kappa * kappa * tl.exp(lowest + width * node(index))
 
 
 @triton.jit
@@ -203,16 +175,32 @@ def predict(columns, now, commanded, answers, found, ahead, known, SCHEME: tl.co
         end = tl.where(ahead, now[KAPPA_END], kappa * 0.9)
         _, _, line = found
         zero = tl.full((), 0.0, tl.float64)
-        first, second = _variance(kappa, lowest, width, NODE_0), _variance(kappa, lowest, width, NODE_1)
-        third, fourth = _variance(kappa, lowest, width, NODE_2), _variance(kappa, lowest, width, NODE_3)
-        weighed = _weigh(_weigh((zero, zero), kappa, first, WEIGHT_0), kappa, second, WEIGHT_1)
-        weights, states = _weigh(_weigh(weighed, kappa, third, WEIGHT_2), kappa, fourth, WEIGHT_3)
+        weights = zero
+        states = zero
+        for index in tl.range(0, 4, loop_unroll_factor=1):
+            variance = _variance(kappa, lowest, width, index)
+            share = weight(index) / (variance + kappa * kappa)
+            weights += share
+            states += share * (variance + kappa * kappa) / kappa
         mean = now[STATE] / square - states / weights
-        by = ((zero, zero, zero), zero)
-        by = _add_of_band(by, now, line, first, weights, mean, end, per_eta, v, w, safe, WEIGHT_0)
-        by = _add_of_band(by, now, line, second, weights, mean, end, per_eta, v, w, safe, WEIGHT_1)
-        by = _add_of_band(by, now, line, third, weights, mean, end, per_eta, v, w, safe, WEIGHT_2)
-        by, left_then = _add_of_band(by, now, line, fourth, weights, mean, end, per_eta, v, w, safe, WEIGHT_3)
+        steering = now[KAPPA_LAST] * now[ETA_LAST]
+        band_constant = zero
+        band_linear = zero
+        band_square = zero
+        left_then = zero
+        for index in tl.range(0, 4, loop_unroll_factor=1):
+            variance = _variance(kappa, lowest, width, index)
+            share = weight(index) / (variance + kappa * kappa) / weights
+            before = before_of(variance, line, kappa, now[KAPPA_LAST])
+            moved = (kappa - now[KAPPA_LAST]) * (line[1] + line[2] * before)
+            state = (variance + kappa * kappa) / kappa + mean
+            slope = (v * state - w * (moved + steering * before)) / safe
+            one = gain(variance, kappa, end)
+            band_constant, band_linear, band_square = add_gain(
+                (band_constant, band_linear, band_square), share, one, per_eta, slope
+            )
+            left_then += weight(index) * end * end / (variance + end * end)
+        by = (band_constant, band_linear, band_square)
         constant, linear = tl.where(ahead, by[0], constant), tl.where(ahead, by[1], linear)
         bend, remains = tl.where(ahead, by[2], bend), tl.where(ahead, left_then, remains)
     taken = 0.5 * columns * noise_over_state(now) / (now[KAPPA_END] * now[KAPPA_END]) * remains

@@ -105,23 +105,39 @@ def add_gain(total, share, one, per_eta, rest):
 
 
 @triton.jit
-def _gain_node(total, variance, kappa, h, NODE: tl.constexpr, WEIGHT: tl.constexpr):
-    constant, linear, square = total
-    here = kappa * tl.exp(h * -NODE)
-    answer = here / (variance + here * here)
-    a, b = answer * (variance + kappa * kappa) / kappa, answer * (here - kappa)
-    return constant - a * a * WEIGHT, linear + (a - a * b * 2.0) * WEIGHT, square + (b - b * b) * WEIGHT
+def _one_of(index, FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, FOURTH: tl.constexpr):
+    early = tl.where(index == 0, tl.full((), FIRST, tl.float64), tl.full((), SECOND, tl.float64))
+    late = tl.where(index == 2, tl.full((), THIRD, tl.float64), tl.full((), FOURTH, tl.float64))
+    return tl.where(index < 2, early, late)
+
+
+@triton.jit
+def node(index):
+    """Of the four of a quadrature; loops over them stay loops, since unrolled ones want too many registers."""
+    return _one_of(index, NODE_0, NODE_1, NODE_2, NODE_3)
+
+
+@triton.jit
+def weight(index):
+    """Of the same."""
+    return _one_of(index, WEIGHT_0, WEIGHT_1, WEIGHT_2, WEIGHT_3)
 
 
 @triton.jit
 def gain(variance, kappa, kappa_end):
     """Of the straight step from kappa to kappa_end < kappa in a Gaussian of this variance."""
     h = tl.log(kappa / kappa_end)
-    zero = tl.full((), 0.0, tl.float64)
-    total = _gain_node((zero, zero, zero), variance, kappa, h, NODE_0, WEIGHT_0)
-    total = _gain_node(total, variance, kappa, h, NODE_1, WEIGHT_1)
-    total = _gain_node(total, variance, kappa, h, NODE_2, WEIGHT_2)
-    constant, linear, square = _gain_node(total, variance, kappa, h, NODE_3, WEIGHT_3)
+    constant = tl.full((), 0.0, tl.float64)
+    linear = constant
+    square = constant
+    for index in tl.range(0, 4, loop_unroll_factor=1):
+        here = kappa * tl.exp(-h * node(index))
+        answer = here / (variance + here * here)
+        a, b = answer * (variance + kappa * kappa) / kappa, answer * (here - kappa)
+        share = weight(index)
+        constant -= a * a * share
+        linear += (a - a * b * 2.0) * share
+        square += (b - b * b) * share
     return h * constant, h * linear, h * square
 
 
