@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdensity.boundary import check_number
@@ -22,14 +21,14 @@ Numbers = dict[str, Any]  # those of `fastdensity.reference.track.PARAMETERS`
 
 
 class ClosedLoop:
-    """The books that guidance with track=True keeps along a grid; of any other guidance, nothing.
+    """The books that guidance with track=True keeps; of any other guidance, nothing.
 
     Attributes:
         state: None before the first step in the loop.
     """
 
-    def __init__(self, problem: Problem, grid: list[float], guidance: Guidance | None) -> None:
-        self.problem, self.grid, self.guidance = problem, grid, guidance
+    def __init__(self, problem: Problem, guidance: Guidance | None) -> None:
+        self.problem, self.guidance = problem, guidance
         self.state: GuidanceState | None = None
 
     def is_closed(self, lam: float) -> bool:
@@ -86,8 +85,3 @@ class ClosedLoop:
         result, report = track(rule, self.problem.kind, scheme, self.state, operands, numbers, key)
         assert report is not None
         return result, report
-
-
-def flags_of(report: Tensor) -> Tensor:
-    """(B,) int64 bits of `fastdensity.rules.FLAG_*`."""
-    return report[:, 3].to(torch.int64)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from fastdensity import rules
-from fastdensity.closed_loop import ClosedLoop, Numbers, flags_of
+from fastdensity.closed_loop import ClosedLoop, Numbers
 from fastdensity.conversions import to_epsilon
 from fastdensity.evaluation import UNGUIDED, Evaluation, Problem
 from fastdensity.flow import drift_from_epsilon
 from fastdensity.guidance import Guidance, Number
 from fastdensity.ops.rows import guide_prediction, guided_step
+from fastdensity.ops.rows_result import flags_of
 from fastdensity.quadrature import Step, one_evaluation_weight
 from fastdensity.sums import row_dot, row_sum
 
@@ -53,7 +54,7 @@ class Trajectory:
         self.log_change = torch.zeros_like(ids, dtype=torch.float64)
         self.log_variance = torch.zeros_like(self.log_change)
         self.evaluations = 0
-        self.loop = ClosedLoop(problem, grid, guidance)
+        self.loop = ClosedLoop(problem, guidance)
 
     def steps(self) -> Iterator[Step]:
         """The steps of the grid, in order."""

@@ -253,7 +253,7 @@ def test_ids_that_are_equal_modulo_2_to_the_32_are_repeated() -> None:
 
 
 def test_transforms_in_fn_are_named() -> None:
-    """The score of an energy, by torch.func.grad over a whole batch at once: told what takes it."""
+    """The score of an energy, written with torch.func.grad, ended in an error of the compiler's."""
     weight = normals(12, 12)
 
     def energy(x: Tensor) -> Tensor:

@@ -82,6 +82,10 @@ def _caller_of_transform(frame: FrameType | None) -> str:
     return "" if frame is None else frame.f_code.co_filename
 
 
+class InnerGradientError(NotImplementedError):
+    """fn runs torch.autograd backwards in a way that no graph can hold."""
+
+
 @contextmanager
 def gradients_noted() -> Iterator[list[str]]:
     """The lines of fn that ran torch.autograd backwards, for the error where no graph can hold that."""

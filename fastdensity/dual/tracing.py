@@ -20,7 +20,12 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from fastdensity.dual.capture import Captured, NotTraceableError
-from fastdensity.dual.inner_derivatives import gradients_noted, own_derivatives_refused, transforms_end_the_trace
+from fastdensity.dual.inner_derivatives import (
+    InnerGradientError,
+    gradients_noted,
+    own_derivatives_refused,
+    transforms_end_the_trace,
+)
 from fastdensity.dual.kept import FakesMade, empty_caches_of_fakes, inference_tensors_replaced, state_kept
 from fastdensity.dual.lines import innermost, user_frames
 from fastdensity.dual.surroundings import progress, quietly
@@ -109,7 +114,7 @@ def _explained(error: Exception, gradients: list[str]) -> Exception:
         line = innermost(traceback.extract_tb(error.__traceback__))
         return NotImplementedError(f"{error.func} cannot be traced, at {line}; call it outside of fn, pass its result")
     if gradients and not user_frames(traceback.extract_tb(error.__traceback__)):
-        return NotImplementedError(
+        return InnerGradientError(
             f"fn takes a gradient by torch.autograd in a way that no graph can hold, at {gradients[-1]}; take it by "
             "torch.func.grad(potential)(x), which fd.jvp differentiates by torch's forward mode"
         )

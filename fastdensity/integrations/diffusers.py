@@ -21,9 +21,10 @@ from fastdensity.boundary import check_like, check_number, check_state, describe
 from fastdensity.integrations.diffusers_places import PLACES, Level, Place
 from fastdensity.integrations.tables import Tables
 from fastdensity.ops.rows import guide_prediction
+from fastdensity.ops.rows_result import flags_of
 from fastdensity.ops.state import GuidanceState
 from fastdensity.ops.track import track
-from fastdensity.reference.rows import Parameter
+from fastdensity.reference.rows import Parameter, compute_dtype
 
 _JUMPS = "its steps jump to the data and noise it again: that is no ODE, and its prediction no score"
 REFUSED = dict.fromkeys(("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"), _JUMPS)
@@ -163,7 +164,7 @@ class GuidedStep:
 
     def _guide(self, place: Place, prediction: Tensor, sample: Tensor) -> Tensor:
         if place.scheme == "open" or not self.closed:
-            report = torch.empty(sample.shape[0], 4, dtype=_report_dtype(prediction, sample), device=sample.device)
+            report = torch.empty(sample.shape[0], 4, dtype=compute_dtype((prediction, sample)), device=sample.device)
             guided = guide_prediction(
                 prediction,
                 sample,
@@ -183,7 +184,7 @@ class GuidedStep:
             assert made is not None
             report = made
         assert self.flags is not None
-        self.flags |= report[:, 3].to(torch.int64)
+        self.flags |= flags_of(report)
         return guided
 
     def _numbers(self, place: Place) -> dict[str, Parameter]:
@@ -200,10 +201,6 @@ class GuidedStep:
             "sigma_data": place.sigma_data,
             "carry": place.carry,
         }
-
-
-def _report_dtype(prediction: Tensor, sample: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (prediction.dtype, sample.dtype) else torch.float32
 
 
 def _is_inside(level: Level) -> bool:

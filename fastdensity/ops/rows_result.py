@@ -43,4 +43,9 @@ class StepResult:
     @property
     def flags(self) -> Tensor:
         """(B,) bits of `fastdensity.rules.FLAG_*`; 0 where the row was guided as asked."""
-        return self.report[:, 3].to(torch.int64)
+        return flags_of(self.report)
+
+
+def flags_of(report: Tensor) -> Tensor:
+    """Of a report (B, 4), its bits of `fastdensity.rules.FLAG_*`, (B,) int64."""
+    return report[:, 3].to(torch.int64)

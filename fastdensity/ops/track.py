@@ -136,10 +136,10 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(eps, report, memory) by a kernel, which writes `step`, too; all of it plain tensors, see `track`."""
     sample = operands[0]
-    dense: Any = tuple(None if operand is None else _dense(operand) for operand in operands)
+    dense: Any = tuple(None if operand is None else operand.resolve_neg().contiguous() for operand in operands)
     noise = None
     if step is not None and step.noise is not None:
-        noise = _dense(step.noise)
+        noise = step.noise.resolve_neg().contiguous()
         step = step._replace(noise=noise)
     eps = torch.empty(sample.shape, dtype=compute_dtype((*operands[:4], noise)), device=sample.device)
     report = torch.empty((sample.shape[0], 4), dtype=torch.float64, device=sample.device)
@@ -151,9 +151,3 @@ def run(
     launch = launcher("track", "cpu" if sample.is_cpu else sample.device.type)
     launch(kind, scheme, dense, parameters, memory.contiguous(), eps, report, after, step)
     return eps, report, after
-
-
-def _dense(operand: Tensor) -> Tensor:
-    if operand.is_neg():
-        operand = operand.resolve_neg()
-    return operand.contiguous()

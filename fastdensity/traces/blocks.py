@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
+from fastdensity.dual.inner_derivatives import InnerGradientError
 from fastdensity.traces import apart
 from fastdensity.traces.function import Function
 
@@ -78,7 +79,8 @@ def _traced_whole(function: Function, x: Tensor) -> Any:
         return _whole_graph(function, x)
     except Exception as error:
         _check_whole(function, x, thorough=False)  # the better reason, if it is one
-        if isinstance(error, (ValueError, TypeError, NotImplementedError)):
+        told = isinstance(error, (ValueError, TypeError, NotImplementedError))
+        if told and not isinstance(error, InnerGradientError):  # whose advice is for fd.jvp
             raise
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
